@@ -1,0 +1,96 @@
+"""Class names as tokens, without start and end: what a prompted text tower puts around its context vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cdc_models.clip.backbone import ClipBackbone
+
+
+@dataclass(frozen=True, eq=False)
+class ClassTokens:
+    """K class names, filled into a template and tokenised.
+
+    names: the K names as given.
+    ids: [K, L] long, the tokens of "{name}." without start and end tokens, padded with 0 on the right.
+    lengths: [K] long, the number of real tokens in each row.
+    name_lengths: how many of them belong to the name (and to what the template says before it), K ints.
+    token_lengths: `lengths` as ints, for code that lays out tokens without waiting for a device.
+    """
+
+    names: tuple[str, ...]
+    ids: Tensor
+    lengths: Tensor
+    name_lengths: tuple[int, ...]
+    token_lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device | str) -> ClassTokens:
+        """The same classes with the tensors on `device`."""
+        return replace(self, ids=self.ids.to(device), lengths=self.lengths.to(device))
+
+
+def tokenize_classes(backbone: ClipBackbone, names: Sequence[str], template: str = "{}.") -> ClassTokens:
+    """Tokenise class names for `encode_prompted_text`.
+
+    Underscores count as spaces (the rule of CoOp's data sets, whose names are file names).
+
+    Args:
+        backbone: gives the tokenizer and the context length; its text tower must be promptable.
+        names: K distinct, non-blank names.
+        template: text with exactly one "{}" for the name; the context vectors come before it at position "end".
+
+    Raises:
+        ValueError: no names, blank names, names that tokenise alike (the tower could not tell them apart), names
+            that do not fit the context length, a template without exactly one "{}".
+        UnsupportedBackboneError: a text tower that cannot be prompted.
+
+    Example:
+        >>> from cdc_models.clip import load_clip, tokenize_classes
+        >>> classes = tokenize_classes(load_clip("bundled"), ["cat", "fire_engine"])
+        >>> len(classes), classes.names[1]
+        (2, 'fire_engine')
+    """
+    backbone.require_promptable_text()
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"names: expected a sequence of strings, got {names!r:.80}")
+    if len(names) == 0:
+        raise ValueError("names: expected at least one class name, got an empty list")
+    if template.count("{}") != 1:
+        raise ValueError(f"template: expected exactly one '{{}}', got {template!r}")
+    texts = [name.replace("_", " ").strip() for name in names]
+    if blank := [i for i, text in enumerate(texts) if not text]:
+        raise ValueError(f"names: expected words, got blank names at positions {blank}")
+
+    head = template.split("{}")[0]
+    rows = [backbone.encode_words(template.replace("{}", text)) for text in texts]
+    first: dict[tuple[int, ...], str] = {}
+    for name, row in zip(names, rows, strict=True):
+        if tuple(row) in first:
+            raise ValueError(f"names: {name!r} and {first[tuple(row)]!r} are the same class (they tokenise alike)")
+        first[tuple(row)] = name
+    room = backbone.context_length - 2
+    if long := [f"{name!r} ({len(row)})" for name, row in zip(names, rows, strict=True) if len(row) > room]:
+        raise ValueError(
+            f"names: too long for a context of {backbone.context_length} tokens, start and end among them: "
+            f"{', '.join(long)}"
+        )
+    if special := [name for name, row in zip(names, rows, strict=True) if backbone.eot_id in row]:
+        raise ValueError(f"names: {special} contain the end-of-text token")
+
+    lengths = tuple(len(row) for row in rows)
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    heads = tuple(
+        min(len(backbone.encode_words(head + text)), length) for text, length in zip(texts, lengths, strict=True)
+    )
+    return ClassTokens(tuple(names), ids, torch.tensor(lengths), heads, lengths)

@@ -1,0 +1,197 @@
+"""Where every token of a batch of prompts lies when nothing is encoded twice and no padding is (design.md 4.6).
+
+A prompt is [SOS][v_1..v_n][class tokens . EOT]. The packed sequence holds, once per template, the prefix that all
+classes share, then the rest of every class, classes sorted by length. Classes of one length form a rectangle, so
+attention needs no index arithmetic and the linear layers see real tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from cdc_models.clip.blocks import attention
+from cdc_models.clip.classes import ClassTokens
+
+POSITIONS = ("end", "middle", "front")
+
+# A rectangle costs a few kernel launches a block, a padded token a few MFLOP a block. On a CPU even one padded token
+# is dearer; on an accelerator launches weigh more (an estimate from a 5 us launch, not a measurement).
+SLACK_CPU, SLACK_ACCELERATOR = 0, 256
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` classes as a rectangle of `width` tokens each, starting at slot `start`."""
+
+    start: int
+    count: int
+    width: int
+    mask: Tensor | None  # [width, prefix + width] bool: which keys (prefix first) a query may see
+    end_mask: Tensor | None  # [count, 1, 1, prefix + width] bool for the queries at EOT; None: all keys
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[M, S, ...] -> this rectangle, [M, count, width, ...]."""
+        return x[:, self.start : self.start + self.count * self.width].unflatten(1, (self.count, self.width))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The packed sequence of S tokens of all K classes for one template.
+
+    prefix: number of shared leading tokens (SOS and the leading context), 0 where sharing would be wrong.
+    tokens, positions: [S] long, token id (0 at context slots) and position in the prompt.
+    context_index: [S] long, row of the flattened context [K * n], -1 at ordinary tokens; None where the whole
+        context is shared and lies in the prefix.
+    ends: [K] long, slot of each class's EOT, in sorted order; restore: [K] long, sorted place of class k.
+    """
+
+    n: int
+    prefix: int
+    tokens: Tensor
+    positions: Tensor
+    context_index: Tensor | None
+    groups: tuple[Group, ...]
+    ends: Tensor
+    restore: Tensor
+
+    def place(self, x: Tensor, context: Tensor) -> Tensor:
+        """x [M, S, W] with the context [M, n, W] or [M, K, n, W] written into its slots."""
+        if self.n == 0:
+            return x
+        context = context.to(x.dtype)
+        if self.context_index is None:
+            return torch.cat([x[:, :1], context, x[:, 1 + self.n :]], dim=1)
+        if context.ndim == 3:  # a row per class, so that the gradient is a sum over classes and not a scatter
+            context = context[:, None].expand(-1, self.restore.numel(), -1, -1)
+        rows = context.flatten(1, 2).index_select(1, self.context_index.clamp(min=0))
+        return torch.where((self.context_index >= 0)[:, None], rows, x)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every token attends as in its own prompt: [M, S, heads, d] each -> [M, S, heads, d]."""
+        p = self.prefix
+        out = [attention(q[:, :p], k[:, :p], v[:, :p], causal=True)] if p else []
+        for group in self.groups:
+            keys, values = (self._with_prefix(group, t) for t in (k, v))
+            rows = attention(group.rows(q).flatten(0, 1), keys, values, mask=group.mask)
+            out.append(rows.unflatten(0, (-1, group.count)).flatten(1, 2))
+        return torch.cat(out, dim=1)
+
+    def attend_ends(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `attend`, for the queries at EOT only: q [M, K, heads, d] in sorted order -> the same shape."""
+        out, first = [], 0
+        for group in self.groups:
+            keys, values = (self._with_prefix(group, t) for t in (k, v))
+            mask = group.end_mask
+            if mask is not None:
+                mask = mask.repeat(q.size(0), 1, 1, 1)
+            rows = q[:, first : first + group.count].flatten(0, 1).unsqueeze(1)
+            out.append(attention(rows, keys, values, mask=mask).squeeze(1).unflatten(0, (-1, group.count)))
+            first += group.count
+        return torch.cat(out, dim=1)
+
+    def _with_prefix(self, group: Group, x: Tensor) -> Tensor:
+        """Keys or values of a group's classes behind those of the shared prefix: [M * count, prefix + width, ...]."""
+        rows = group.rows(x)
+        if self.prefix:
+            shared = x[:, None, : self.prefix].expand(-1, group.count, -1, -1, -1)
+            rows = torch.cat([shared, rows], dim=2)
+        return rows.flatten(0, 1)
+
+
+@lru_cache(maxsize=32)
+def text_layout(
+    classes: ClassTokens,
+    n: int,
+    *,
+    class_specific: bool,
+    position: str,
+    sot_id: int,
+    eot_id: int,
+    device: torch.device,
+    pad_to: int | None = None,
+    pad_id: int = 0,
+) -> Layout:
+    """Lay out K classes with n context vectors. `pad_to`: the full path, no sharing, every prompt that long."""
+    lead = 0 if class_specific else {"end": n, "middle": n // 2, "front": 0}[position]
+    prefix = 1 + lead if pad_to is None else 0
+    ids = classes.ids.tolist()
+
+    # One row per class: (token id, context row or -1), the whole prompt from SOS to EOT.
+    rows: list[list[tuple[int, int]]] = []
+    for k, (length, name) in enumerate(zip(classes.token_lengths, classes.name_lengths, strict=True)):
+        words = [(token, -1) for token in ids[k][:length]]
+        context = [(0, k * n + j) for j in range(n)]
+        before = {"end": 0, "front": name, "middle": 0}[position]
+        half = n // 2 if position == "middle" else n
+        body = words[:before] + context[:half] + words[before:name] + context[half:] + words[name:]
+        row = [(sot_id, -1), *body, (eot_id, -1)]
+        rows.append(row + [(pad_id, -1)] * ((pad_to or 0) - len(row)))
+    real = [length + n + 2 for length in classes.token_lengths]  # up to and with EOT
+
+    order = sorted(range(len(rows)), key=lambda k: real[k])
+    slack = SLACK_CPU if device.type == "cpu" else SLACK_ACCELERATOR
+    widths = [(pad_to or real[k]) - prefix for k in order]
+    packed = [(token, index, t) for t, (token, index) in enumerate(rows[0][:prefix])]
+    groups, ends, first = [], [], 0
+    for count, width in _rectangles(widths, slack):
+        start = len(packed)
+        own_ends = []
+        for k in order[first : first + count]:
+            row = rows[k][prefix:] + [(pad_id, -1)] * (width + prefix - len(rows[k]))
+            packed += [(token, index, prefix + t) for t, (token, index) in enumerate(row)]
+            own_ends.append(real[k] - 1 - prefix)
+        ends += [start + i * width + end for i, end in enumerate(own_ends)]
+        groups.append(_group(start, count, width, prefix, own_ends, pad_to is None, device))
+        first += count
+
+    # The cache may be filled under inference_mode and used in training: no inference tensors in here.
+    with torch.inference_mode(False):
+        tokens, indices, positions = (torch.tensor(column, device=device) for column in zip(*packed, strict=True))
+        restore = sorted(range(len(order)), key=lambda i: order[i])
+        return Layout(
+            n=n,
+            prefix=prefix,
+            tokens=tokens,
+            positions=positions,
+            context_index=None if prefix == 1 + n else indices,
+            groups=tuple(groups),
+            ends=torch.tensor(ends, device=device),
+            restore=torch.tensor(restore, device=device),
+        )
+
+
+def _group(
+    start: int, count: int, width: int, prefix: int, ends: Sequence[int], causal: bool, device: torch.device
+) -> Group:
+    if not causal:
+        return Group(start, count, width, None, None)
+    with torch.inference_mode(False):
+        keys = torch.arange(prefix + width, device=device)
+        mask = keys[None, :] <= keys[prefix:, None]
+        end_mask = None
+        if any(end != width - 1 for end in ends):
+            end_mask = (keys <= prefix + torch.tensor(ends, device=device)[:, None])[:, None, None, :]
+    return Group(start, count, width, mask, end_mask)
+
+
+def _rectangles(widths: Sequence[int], slack: int) -> list[tuple[int, int]]:
+    """Group ascending widths into (count, width) rectangles; neighbours join while that pads at most `slack` tokens."""
+    groups: list[tuple[int, int]] = []
+    for width in widths:
+        if groups and groups[-1][1] == width:
+            groups[-1] = (groups[-1][0] + 1, width)
+        else:
+            groups.append((1, width))
+    while len(groups) > 1:
+        padded = [(b[1] - a[1]) * a[0] for a, b in pairwise(groups)]
+        i = min(range(len(padded)), key=padded.__getitem__)
+        if padded[i] > slack:
+            break
+        groups[i : i + 2] = [(groups[i][0] + groups[i + 1][0], groups[i + 1][1])]
+    return groups

@@ -1,0 +1,95 @@
+"""CLIP's text tower with learned prompts, shallow and deep, without waste (design.md 4.6)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cdc_models.clip.anatomy import text_parts
+from cdc_models.clip.blocks import run_block
+from cdc_models.clip.checks import check_prompts
+from cdc_models.clip.classes import ClassTokens, tokenize_classes
+from cdc_models.clip.text_layout import POSITIONS, text_layout
+
+if TYPE_CHECKING:
+    from cdc_models.clip.backbone import ClipBackbone
+
+__all__ = ["ClassTokens", "encode_prompted_text", "tokenize_classes"]
+
+
+def encode_prompted_text(
+    backbone: ClipBackbone,
+    classes: ClassTokens,
+    context: Tensor,
+    *,
+    deep: Tensor | None = None,
+    position: str = "end",
+) -> Tensor:
+    """Text features of K classes under M prompts, unnormalised: [M, K, D].
+
+    A prompt is [SOS][v_1..v_n][class tokens . EOT]. Padding is dropped, and in causal towers the prefix that all
+    classes share is computed once per prompt; both are exact. Gradients flow to `context` and `deep`.
+
+    Args:
+        backbone: a CLIP whose text tower is open_clip's own and reads the end-of-text token.
+        classes: from `tokenize_classes`.
+        context: [M, n, W], shared by the classes, or [M, K, n, W], class-specific.
+        deep: [M, J-1, n, W], takes the place of the n context tokens before blocks 1..J-1, without position
+            embedding (MaPLe); only with a shared context at position "end".
+        position: where the class name stands: "end" (behind the context), "middle" (between its halves) or "front".
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or position, class names that leave no room for the context.
+        UnsupportedBackboneError: a tower that cannot be prompted.
+
+    Source: CoOp (Zhou et al., IJCV 2022) for context and position; MaPLe (Khattak et al., CVPR 2023), Section 3.2,
+    for deep prompts.
+
+    Example:
+        >>> import torch
+        >>> from cdc_models.clip import encode_prompted_text, load_clip, tokenize_classes
+        >>> backbone = load_clip("bundled")
+        >>> classes = tokenize_classes(backbone, ["cat", "dog", "fire engine"])
+        >>> encode_prompted_text(backbone, classes, torch.zeros(4, 2, backbone.text_width)).shape[:2]
+        torch.Size([4, 3])
+    """
+    backbone.require_promptable_text()
+    parts = text_parts(backbone.clip)
+    assert parts is not None  # promptable
+    if position not in POSITIONS:
+        raise ValueError(f"position: expected one of {POSITIONS}, got {position!r}")
+    depth = len(parts.blocks)
+    check_prompts(context, deep, width=parts.width, depth=depth, device=backbone.device, classes=len(classes))
+    if deep is not None and position != "end":
+        raise ValueError(f"deep: deep prompts need position='end', got position={position!r}")
+    n = context.size(-2)
+    room = backbone.context_length - 2 - n
+    if long := [name for name, length in zip(classes.names, classes.token_lengths, strict=True) if length > room]:
+        raise ValueError(
+            f"classes: {long} do not fit: start, {n} context vectors and end leave {room} of "
+            f"{backbone.context_length} tokens"
+        )
+
+    layout = text_layout(
+        classes,
+        n,
+        class_specific=context.ndim == 4,
+        position=position,
+        sot_id=backbone.sot_id,
+        eot_id=backbone.eot_id,
+        device=backbone.device,
+        pad_to=None if parts.causal else backbone.context_length,
+        pad_id=backbone.pad_id,
+    )
+    embedded = parts.token_embedding(layout.tokens).to(parts.dtype)
+    x = layout.place(embedded.expand(context.size(0), -1, -1), context)
+    x = x + parts.positional_embedding.to(x.dtype)[layout.positions]
+    for i, block in enumerate(parts.blocks):
+        if deep is not None and 1 <= i <= deep.size(1):
+            x = layout.place(x, deep[:, i - 1])
+        if i < depth - 1:
+            x = run_block(block, x, layout.attend)
+        else:
+            x = run_block(block, x, layout.attend_ends, queries=lambda t: t.index_select(1, layout.ends))
+    return parts.project(parts.ln_final(x)).index_select(1, layout.restore)
