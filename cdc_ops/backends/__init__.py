@@ -1,0 +1,91 @@
+"""Where the fused operations are computed: one file per backend, all with the same three functions.
+
+A backend is a module with
+
+    fused_opinion(problem)                 -> log_ratio [B, K], log_partition [B], prompt_log_partition [B, M]
+    fused_topk(problem, k)                 -> classes [B, k], log_ratio [B, k], then as fused_opinion
+    evidential_loss(problem, target, loss) -> loss of each image [B]
+
+all differentiable in image, text, scale and bias (fused_topk need not be: nothing trains through it), all
+computed in the problem's dtype. Arguments arrive checked, so a backend holds arithmetic and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from cdc_ops import checks
+
+BACKENDS = ("reference", "blocked", "triton")
+
+
+class BackendUnavailableError(ValueError):
+    """The backend asked for exists but cannot run here."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every fused operation starts from, checked: features, and how a logit becomes an opinion.
+
+    image [B, D] or [B, M, D] and text [M, K, D] in the caller's dtypes; scale and bias [M] in ``dtype``.
+    """
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    activation: str
+    rule: str
+    prior_weight: float
+    normalize: bool
+    dtype: torch.dtype
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """B, M, K."""
+        return self.image.shape[0], self.text.shape[0], self.text.shape[1]
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """Which evidential loss: the form, and the weights of its parts."""
+
+    form: str
+    kl_weight: float
+    prompt_weight: float
+    fused_weight: float
+
+
+class Backend(Protocol):
+    """The interface; see the module's docstring."""
+
+    def fused_opinion(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def fused_topk(self, problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+    def evidential_loss(self, problem: Problem, target: Tensor, loss: LossForm) -> Tensor: ...
+
+
+def choose(name: str | None, problem: Problem) -> Backend:
+    """The backend called ``name``; None picks the best for this problem.
+
+    None means "blocked" in eager mode and "reference" while ``torch.compile`` traces, which fuses the plain
+    formulas itself.
+    """
+    if name is None:
+        name = "reference" if torch.compiler.is_compiling() else "blocked"
+    checks.one_of("backend", name, BACKENDS)
+    if name == "triton":
+        raise BackendUnavailableError(
+            "backend='triton' is not there yet: the kernels are still to come; use 'blocked', 'reference' or None"
+        )
+    if name == "reference":
+        from cdc_ops.backends import reference
+
+        return cast(Backend, reference)
+    return cast(Backend, importlib.import_module("cdc_ops.backends.blocked"))

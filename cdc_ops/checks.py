@@ -1,0 +1,220 @@
+"""Argument errors: every public function refuses bad input here, in a sentence that names the argument.
+
+Shapes, dtypes, devices and names are always checked; they cost nothing. *Values* (finite features, targets in
+range) need one reduction over the tensor, and on an accelerator a synchronisation: they are checked by
+default, never while ``torch.compile`` traces or a CUDA graph is captured, and can be switched off with
+:class:`value_checks`.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+_values_checked = True
+
+
+class value_checks:
+    """Switch the checks that read tensor values on or off, for good or inside a ``with`` block.
+
+    Switched off, non-finite features give non-finite results and a target out of range is undefined
+    behaviour. Shapes, dtypes, devices and names stay checked.
+
+    >>> import torch, cdc_ops
+    >>> with cdc_ops.value_checks(False):
+    ...     cdc_ops.evidence_from_logits(torch.tensor([float("nan")]))
+    tensor([nan])
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        global _values_checked
+        self._before = _values_checked
+        _values_checked = bool(enabled)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _values_checked
+        _values_checked = self._before
+
+
+def _may_read(x: Tensor) -> bool:
+    if not _values_checked or torch.compiler.is_compiling() or x.device.type == "meta":
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def came(x: object) -> str:
+    """How an argument is described in an error message."""
+    if isinstance(x, Tensor):
+        return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {list(x.shape)} on {x.device}"
+    return repr(x)
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    """``value`` is one of the ``allowed`` strings."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def floating(name: str, x: object, shape: str) -> Tensor:
+    """``x`` is a real floating-point tensor; ``shape`` is how the expected shape is written."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a floating-point tensor of shape {shape}; got {type(x).__name__} {x!r:.60}")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{name} must be a floating-point tensor of shape {shape}; got {came(x)}")
+    return x
+
+
+def dims(name: str, x: Tensor, allowed: Sequence[int], shape: str) -> None:
+    """``x`` has one of the ``allowed`` numbers of dimensions."""
+    if x.dim() not in allowed:
+        raise ValueError(f"{name} must have shape {shape}; got {came(x)}")
+
+
+def same_device(first_name: str, first: Tensor, **others: object) -> None:
+    """Every tensor among ``others`` lies on the device of ``first``."""
+    for name, x in others.items():
+        if isinstance(x, Tensor) and x.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}; got {came(x)}")
+
+
+def finite(name: str, x: Tensor) -> None:
+    """``x`` holds no nan or inf. One reduction over ``x`` unless something is wrong."""
+    if not _may_read(x) or x.numel() == 0:
+        return
+    with torch.no_grad():
+        # A sum is one fast pass and is nan or inf when any element is; a finite tensor whose sum overflows
+        # is told apart by the exact (slower) test.
+        total = x.detach().sum(dtype=torch.float32 if x.dtype.itemsize < 4 else None)
+        if not math.isfinite(total.item()) and not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x)).sum())
+            raise ValueError(f"{name} must be finite; got {bad} nan or inf among {came(x)}")
+
+
+def nonnegative(name: str, x: Tensor) -> None:
+    """``x`` holds no negative number (and no nan or inf)."""
+    finite(name, x)
+    if _may_read(x) and x.numel() and (low := float(x.detach().amin())) < 0:
+        raise ValueError(f"{name} must not be negative; got a minimum of {low:g} in {came(x)}")
+
+
+def positive_sum(name: str, x: Tensor) -> None:
+    """``x`` holds weights: no negative number, and not all zero."""
+    nonnegative(name, x)
+    if _may_read(x) and not float(x.detach().sum()) > 0:
+        raise ValueError(f"{name} must have a positive sum; got all zeros in {came(x)}")
+
+
+def within(name: str, x: Tensor, low: float, high: float) -> None:
+    """Every value of ``x`` lies in [low, high]."""
+    finite(name, x)
+    if x.numel() and _may_read(x):
+        least, most = (float(v) for v in torch.aminmax(x.detach()))
+        if least < low or most > high:
+            raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got values from {least:g} to {most:g}")
+
+
+def number(name: str, value: object, *, low: float = -math.inf, open_low: bool = False) -> float:
+    """``value`` is a finite number, at least (or above) ``low``."""
+    want = "a finite number" + (f" {'>' if open_low else '>='} {low:g}" if low > -math.inf else "")
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be {want}; got {came(value)}")
+    value = float(value)
+    if not math.isfinite(value) or value < low or (open_low and value == low):
+        raise ValueError(f"{name} must be {want}; got {value!r}")
+    return value
+
+
+def prior_weight(value: object, classes: int) -> float:
+    """The non-informative prior weight W: a number above 0, or None for the number of classes."""
+    return float(classes) if value is None else number("prior_weight", value, low=0.0, open_low=True)
+
+
+def evidence(x: object, shape: str = "[..., K]") -> Tensor:
+    """Evidence: floating, at least one class, finite and not negative."""
+    x = floating("evidence", x, shape)
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(f"evidence must have shape {shape} with at least one class; got {came(x)}")
+    nonnegative("evidence", x)
+    return x
+
+
+def source_dim(x: Tensor, dim: object) -> int:
+    """The dimension to fuse over, as a non-negative index: any but the last, which holds the classes."""
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim must be a dimension of evidence; got {dim!r} for {came(x)}")
+    dim %= x.dim()
+    if dim == x.dim() - 1:
+        raise ValueError(
+            f"dim must not be the last dimension of evidence, which holds the classes; got {dim} for {came(x)}"
+        )
+    if x.shape[dim] == 0:
+        raise ValueError(f"evidence must hold at least one opinion along dim {dim}; got {came(x)}")
+    return dim
+
+
+def target(x: object, shape: Sequence[int], classes: int, device: torch.device) -> Tensor:
+    """Class indices of the given shape within [0, classes)."""
+    if not isinstance(x, Tensor) or x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+        raise ValueError(f"target must be an integer tensor of shape {list(shape)}; got {came(x)}")
+    if list(x.shape) != list(shape):
+        raise ValueError(f"target must have shape {list(shape)}; got {came(x)}")
+    if x.device != device:
+        raise ValueError(f"target must be on the device of the other tensors, {device}; got {came(x)}")
+    if x.numel() and _may_read(x):
+        low, high = (int(v) for v in torch.aminmax(x.detach()))
+        if low < 0 or high >= classes:
+            raise ValueError(f"target must hold class indices in [0, {classes}); got values from {low} to {high}")
+    return x.long()
+
+
+def text_features(name: str, x: object) -> Tensor:
+    """Text features [M, K, D], none of them empty, finite."""
+    x = floating(name, x, "[M, K, D]")
+    if x.dim() != 3 or 0 in x.shape:
+        hint = f" (a single prompt: {name}.unsqueeze(0))" if x.dim() == 2 else ""
+        raise ValueError(
+            f"{name} must have shape [M, K, D] with at least one prompt, class and feature{hint}; got {came(x)}"
+        )
+    finite(name, x)
+    return x
+
+
+def features(image: object, text: object) -> tuple[Tensor, Tensor]:
+    """Image and text features that fit together: [B, D] or [B, M, D] against [M, K, D]."""
+    text = text_features("text", text)
+    prompts, _, size = text.shape
+    want = f"[B, {size}] or [B, {prompts}, {size}] to match text {list(text.shape)}"
+    image = floating("image", image, want)
+    fits = image.dim() in (2, 3) and image.shape[-1] == size and (image.dim() == 2 or image.shape[1] == prompts)
+    if not fits:
+        raise ValueError(f"image must have shape {want}; got {came(image)}")
+    same_device("image", image, text=text)
+    finite("image", image)
+    return image, text
+
+
+def per_prompt(name: str, value: object, prompts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number, a scalar tensor or one value per prompt, as a tensor [M]; gradients flow through."""
+    want = f"a number, a scalar tensor or a tensor of shape [{prompts}]"
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point or list(value.shape) not in ([], [1], [prompts]):
+            raise ValueError(f"{name} must be {want}, finite; got {came(value)}")
+        if value.dim() and value.device != device:
+            raise ValueError(f"{name} must be on the device of image, {device}; got {came(value)}")
+        finite(name, value)
+        return value.to(device=device, dtype=dtype).expand(prompts)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be {want}, finite; got {came(value)}")
+    return torch.full((prompts,), float(value), dtype=dtype, device=device)

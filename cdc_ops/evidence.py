@@ -1,0 +1,53 @@
+"""From logits to evidence: the three activations, in linear and in log space."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cdc_ops import checks
+from cdc_ops.special import softplus
+
+ACTIVATIONS = ("exp", "softplus", "relu")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half and bfloat16 become float32; float32 and float64 stay: evidence is never computed in half precision."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def evidence_from_logits(logits: Tensor, activation: str = "exp") -> Tensor:
+    """Evidence ``e = activation(z) >= 0``.
+
+    Args:
+        logits: ``z``, any shape, any float dtype (half precision is computed and returned in float32).
+        activation: ``"exp"``, ``"softplus"`` or ``"relu"``. ``exp`` saturates at the largest finite number;
+            where logits are that large, stay in log space: :func:`fused_opinion` and
+            :func:`evidential_cross_entropy` never form the evidence.
+
+    Returns:
+        Evidence, shape of ``logits``.
+
+    Raises:
+        ValueError: logits not floating or not finite, unknown activation.
+
+    Source: Sensoy, Kaplan, Kandemir, "Evidential Deep Learning to Quantify Classification Uncertainty",
+    NeurIPS 2018 (relu); Han et al., "Trusted Multi-View Classification", ICLR 2021 (softplus).
+
+    >>> evidence_from_logits(torch.tensor([-1.0, 0.0, 2.0]), "relu")
+    tensor([0., 0., 2.])
+    """
+    checks.one_of("activation", activation, ACTIVATIONS)
+    z = at_least_float32(checks.floating("logits", logits, "[...]"))
+    checks.finite("logits", z)
+    if activation == "exp":
+        return torch.exp(z.clamp(max=math.log(torch.finfo(z.dtype).max)))
+    return softplus(z) if activation == "softplus" else torch.relu(z)
+
+
+def log_ratio_from_logits(z: Tensor, activation: str, prior_weight: float) -> Tensor:
+    """``l = ln(1 + e / W)`` straight from the logits: for exp evidence ``softplus(z - ln W)``, at any z."""
+    if activation == "exp":
+        return softplus(z - math.log(prior_weight))
+    e = softplus(z) if activation == "softplus" else torch.relu(z)
+    return torch.log1p(e / prior_weight)

@@ -1,0 +1,217 @@
+"""From image and text features to one fused opinion, and to its k most believed classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cdc_ops import checks
+from cdc_ops.backends import Problem, choose
+from cdc_ops.evidence import ACTIVATIONS
+from cdc_ops.fusion import RULES, conflict_from_log_partition, evidence_from_log_ratio
+from cdc_ops.opinion import Opinion, belief_of
+
+
+def make_problem(
+    image: Tensor,
+    text: Tensor,
+    scale: float | Tensor,
+    bias: float | Tensor | None,
+    activation: str,
+    rule: str,
+    prior_weight: float | None,
+    normalize: bool,
+) -> Problem:
+    """Check the arguments shared by the fused operations and bring them into one form."""
+    checks.one_of("activation", activation, ACTIVATIONS)
+    checks.one_of("rule", rule, RULES)
+    image, text = checks.features(image, text)
+    dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+    M, K = text.shape[:2]
+    return Problem(
+        image=image,
+        text=text,
+        scale=checks.per_prompt("scale", scale, M, dtype, image.device),
+        bias=None if bias is None else checks.per_prompt("bias", bias, M, dtype, image.device),
+        activation=activation,
+        rule=rule,
+        prior_weight=checks.prior_weight(prior_weight, K),
+        normalize=bool(normalize),
+        dtype=dtype,
+    )
+
+
+@dataclass(frozen=True)
+class FusedOpinion:
+    """The opinion of M prompts together, kept in log space; everything else is derived when asked for.
+
+    Attributes:
+        log_ratio: ``l_k = ln(1 + e_k / W)`` [B, K] of the fused opinion.
+        log_partition: ``-ln u`` [B].
+        prompt_log_partition: ``-ln u_m`` [B, M].
+        prior_weight: ``W``.
+        rule: the fusion rule.
+    """
+
+    log_ratio: Tensor
+    log_partition: Tensor
+    prompt_log_partition: Tensor
+    prior_weight: float
+    rule: str = "dempster"
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """Vacuity ``u`` [B] of the fused opinion; may underflow to 0 where log_partition stays exact."""
+        return torch.exp(-self.log_partition)
+
+    @property
+    def prompt_uncertainty(self) -> Tensor:
+        """Vacuity ``u_m`` [B, M] of each prompt's own opinion."""
+        return torch.exp(-self.prompt_log_partition)
+
+    @property
+    def belief(self) -> Tensor:
+        """``b_k`` [B, K]; with the uncertainty, sums to one."""
+        return belief_of(self.log_ratio, self.log_partition)
+
+    @property
+    def prob(self) -> Tensor:
+        """Expected class probabilities ``b_k + u / K`` [B, K]."""
+        return self.belief + (self.uncertainty / self.log_ratio.shape[-1]).unsqueeze(-1)
+
+    @property
+    def evidence(self) -> Tensor:
+        """``e_k = W expm1(l_k)`` [B, K]; saturates at the largest finite number."""
+        return evidence_from_log_ratio(self.log_ratio, self.prior_weight)
+
+    @property
+    def conflict(self) -> Tensor:
+        """``1 - (prod_m u_m) / u`` [B] in [0, 1]: Dempster's conflict between the prompts.
+
+        Raises:
+            ValueError: the opinion was fused by another rule; use :func:`conflict` on the prompts' evidence.
+        """
+        if self.rule != "dempster":
+            raise ValueError(
+                f"conflict belongs to rule 'dempster'; this opinion was fused by {self.rule!r}: "
+                "call cdc_ops.conflict on the evidence of the prompts"
+            )
+        return conflict_from_log_partition(self.log_partition, self.prompt_log_partition.sum(-1))
+
+    def opinion(self) -> Opinion:
+        """As an :class:`Opinion`, for its entropies and dissonance."""
+        return Opinion(self.belief, self.uncertainty, self.prior_weight)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most believed classes of each image, most believed first.
+
+    Attributes:
+        classes: class indices [B, k].
+        prob, belief: expected probability and belief of these classes [B, k].
+        uncertainty: vacuity [B] of the fused opinion.
+        prompt_uncertainty: vacuity [B, M] of each prompt's own opinion.
+    """
+
+    classes: Tensor
+    prob: Tensor
+    belief: Tensor
+    uncertainty: Tensor
+    prompt_uncertainty: Tensor
+
+
+def fused_opinion(
+    image: Tensor,
+    text: Tensor,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor | None = None,
+    activation: str = "exp",
+    rule: str = "dempster",
+    prior_weight: float | None = None,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> FusedOpinion:
+    """Every prompt's opinion about every image, fused into one.
+
+    Logits ``z_mk = scale_m <x, t_mk> + bias_m`` become evidence ``e = activation(z)`` and opinions with prior
+    weight W; the rule fuses the M opinions. Everything stays in log space: finite, values and gradients, at
+    CLIP's scale of 100 (where evidence reaches 1e43 and its product over prompts 1e170) as for no evidence.
+
+    Args:
+        image: ``x`` [B, D], or [B, M, D] when every prompt has its own image features. B may be 0.
+        text: ``t`` [M, K, D].
+        scale: number, scalar tensor, or one per prompt [M].
+        bias: likewise, or None for 0.
+        activation: ``"exp"``, ``"softplus"`` or ``"relu"``.
+        rule: ``"dempster"``, ``"cumulative"``, ``"averaging"`` or ``"weighted"``; see :func:`fuse_evidence`.
+        prior_weight: ``W``, default K.
+        normalize: divide image and text features by their length first (zero features stay zero).
+        backend: ``"reference"`` (plain PyTorch, holds [B, M, K]), ``"blocked"`` (never holds [B, M, K], forward
+            or backward), ``"triton"``, or None: blocked, and while ``torch.compile`` traces, reference.
+
+    Returns:
+        :class:`FusedOpinion` with log_ratio [B, K], uncertainty [B], prompt_uncertainty [B, M] and, derived when
+        asked for, belief, prob, evidence, conflict. float64 if an input is float64, else float32, also for
+        half-precision inputs and under autocast. Differentiable in image, text, scale and bias.
+
+    Raises:
+        ValueError: shapes that do not fit, no class or prompt, features not floating or not finite, mixed
+            devices, unknown activation, rule or backend. Which value checks cost what: :class:`value_checks`.
+
+    Source: opinions: Sensoy et al., NeurIPS 2018; Dempster fusion of views: Han et al., ICLR 2021, here in
+    closed form (design.md 4.1). That CDC fuses its prompts this way: Zhang et al., NeurIPS 2024.
+
+    >>> image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> text = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 1.0]]])
+    >>> opinion = fused_opinion(image, text, scale=2.0)
+    >>> opinion.prob.argmax(-1), opinion.uncertainty.shape, opinion.prompt_uncertainty.shape
+    (tensor([0, 1]), torch.Size([2]), torch.Size([2, 2]))
+    """
+    problem = make_problem(image, text, scale, bias, activation, rule, prior_weight, normalize)
+    with torch.autocast(image.device.type, enabled=False):
+        log_ratio, log_partition, prompts = choose(backend, problem).fused_opinion(problem)
+    return FusedOpinion(log_ratio, log_partition, prompts, problem.prior_weight, rule)
+
+
+def fused_topk(
+    image: Tensor,
+    text: Tensor,
+    k: int,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor | None = None,
+    activation: str = "exp",
+    rule: str = "dempster",
+    prior_weight: float | None = None,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> TopK:
+    """The k most believed classes of the fused opinion; with backend "blocked" nothing of size [B, K] exists.
+
+    Args:
+        k: how many classes, 1 to K. The rest as in :func:`fused_opinion`. Ties are broken arbitrarily.
+
+    Returns:
+        :class:`TopK` with classes, prob, belief [B, k], uncertainty [B], prompt_uncertainty [B, M].
+        For inference: no gradients.
+
+    Raises:
+        ValueError: as :func:`fused_opinion`; k outside 1..K.
+
+    >>> image, text = torch.eye(3)[:2], torch.eye(3).expand(2, 3, 3)
+    >>> fused_topk(image, text, 1, scale=5.0).classes
+    tensor([[0],
+            [1]])
+    """
+    problem = make_problem(image, text, scale, bias, activation, rule, prior_weight, normalize)
+    K = problem.sizes[2]
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= K:
+        raise ValueError(f"k must be an integer from 1 to the number of classes, {K}; got {k!r}")
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+        classes, log_ratio, log_partition, prompts = choose(backend, problem).fused_topk(problem, k)
+        belief, u = belief_of(log_ratio, log_partition), torch.exp(-log_partition)
+        return TopK(classes, belief + (u / K).unsqueeze(-1), belief, u, torch.exp(-prompts))
