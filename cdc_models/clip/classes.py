@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,18 +20,25 @@ class ClassTokens:
     names: the K names as given.
     ids: [K, L] long, the tokens of "{name}." without start and end tokens, padded with 0 on the right.
     lengths: [K] long, the number of real tokens in each row.
-    name_lengths: how many of them belong to the name (and to what the template says before it), K ints.
-    token_lengths: `lengths` as ints, for code that lays out tokens without waiting for a device.
+    rows: the same tokens as ints, for laying them out without waiting for a device.
+    name_lengths: how many tokens of each row belong to the name (and to what the template says before it).
+    layouts: what the text tower has worked out about these classes, so that a training step need not.
     """
 
     names: tuple[str, ...]
     ids: Tensor
     lengths: Tensor
+    rows: tuple[tuple[int, ...], ...]
     name_lengths: tuple[int, ...]
-    token_lengths: tuple[int, ...]
+    layouts: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def token_lengths(self) -> tuple[int, ...]:
+        """`lengths` as ints."""
+        return tuple(len(row) for row in self.rows)
 
     def to(self, device: torch.device | str) -> ClassTokens:
         """The same classes with the tensors on `device`."""
@@ -93,4 +100,4 @@ def tokenize_classes(backbone: ClipBackbone, names: Sequence[str], template: str
     heads = tuple(
         min(len(backbone.encode_words(head + text)), length) for text, length in zip(texts, lengths, strict=True)
     )
-    return ClassTokens(tuple(names), ids, torch.tensor(lengths), heads, lengths)
+    return ClassTokens(tuple(names), ids, torch.tensor(lengths), tuple(map(tuple, rows)), heads)

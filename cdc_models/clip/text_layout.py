@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -104,11 +103,9 @@ class Layout:
         return rows.flatten(0, 1)
 
 
-@lru_cache(maxsize=32)
 def text_layout(
     classes: ClassTokens,
     n: int,
-    *,
     class_specific: bool,
     position: str,
     sot_id: int,
@@ -117,15 +114,39 @@ def text_layout(
     pad_to: int | None = None,
     pad_id: int = 0,
 ) -> Layout:
-    """Lay out K classes with n context vectors. `pad_to`: the full path, no sharing, every prompt that long."""
+    """The layout of K classes with n context vectors, worked out once per set of classes.
+
+    `pad_to`: the full path, no sharing, every prompt that long.
+    """
+    key = (n, class_specific, position, sot_id, eot_id, device, pad_to, pad_id)
+    layout = classes.layouts.get(key)
+    if layout is None:
+        # Kept for training even where first asked for in inference mode: no inference tensors in here.
+        with torch.inference_mode(False):
+            layout = _lay_out(classes, *key)
+        if not torch.compiler.is_compiling():
+            classes.layouts[key] = layout
+    return layout
+
+
+def _lay_out(
+    classes: ClassTokens,
+    n: int,
+    class_specific: bool,
+    position: str,
+    sot_id: int,
+    eot_id: int,
+    device: torch.device,
+    pad_to: int | None,
+    pad_id: int,
+) -> Layout:
     lead = 0 if class_specific else {"end": n, "middle": n // 2, "front": 0}[position]
     prefix = 1 + lead if pad_to is None else 0
-    ids = classes.ids.tolist()
 
     # One row per class: (token id, context row or -1), the whole prompt from SOS to EOT.
     rows: list[list[tuple[int, int]]] = []
-    for k, (length, name) in enumerate(zip(classes.token_lengths, classes.name_lengths, strict=True)):
-        words = [(token, -1) for token in ids[k][:length]]
+    for k, (tokens, name) in enumerate(zip(classes.rows, classes.name_lengths, strict=True)):
+        words = [(token, -1) for token in tokens]
         context = [(0, k * n + j) for j in range(n)]
         before = {"end": 0, "front": name, "middle": 0}[position]
         half = n // 2 if position == "middle" else n
@@ -150,20 +171,18 @@ def text_layout(
         groups.append(_group(start, count, width, prefix, own_ends, pad_to is None, device))
         first += count
 
-    # The cache may be filled under inference_mode and used in training: no inference tensors in here.
-    with torch.inference_mode(False):
-        tokens, indices, positions = (torch.tensor(column, device=device) for column in zip(*packed, strict=True))
-        restore = sorted(range(len(order)), key=lambda i: order[i])
-        return Layout(
-            n=n,
-            prefix=prefix,
-            tokens=tokens,
-            positions=positions,
-            context_index=None if prefix == 1 + n else indices,
-            groups=tuple(groups),
-            ends=torch.tensor(ends, device=device),
-            restore=torch.tensor(restore, device=device),
-        )
+    slots, indices, positions = (torch.tensor(column, device=device) for column in zip(*packed, strict=True))
+    restore = sorted(range(len(order)), key=lambda i: order[i])
+    return Layout(
+        n=n,
+        prefix=prefix,
+        tokens=slots,
+        positions=positions,
+        context_index=None if prefix == 1 + n else indices,
+        groups=tuple(groups),
+        ends=torch.tensor(ends, device=device),
+        restore=torch.tensor(restore, device=device),
+    )
 
 
 def _group(
@@ -171,12 +190,11 @@ def _group(
 ) -> Group:
     if not causal:
         return Group(start, count, width, None, None)
-    with torch.inference_mode(False):
-        keys = torch.arange(prefix + width, device=device)
-        mask = keys[None, :] <= keys[prefix:, None]
-        end_mask = None
-        if any(end != width - 1 for end in ends):
-            end_mask = (keys <= prefix + torch.tensor(ends, device=device)[:, None])[:, None, None, :]
+    keys = torch.arange(prefix + width, device=device)
+    mask = keys[None, :] <= keys[prefix:, None]
+    end_mask = None
+    if any(end != width - 1 for end in ends):
+        end_mask = (keys <= prefix + torch.tensor(ends, device=device)[:, None])[:, None, None, :]
     return Group(start, count, width, mask, end_mask)
 
 
