@@ -187,12 +187,23 @@ def text_features(name: str, x: object) -> Tensor:
         raise ValueError(
             f"{name} must have shape [M, K, D] with at least one prompt, class and feature{hint}; got {came(x)}"
         )
-    finite(name, x)
     return x
 
 
+def finite_lengths(name: str, x: Tensor) -> Tensor | None:
+    """As :func:`finite`, by way of the lengths of the rows, which are handed back (None when nothing was read)."""
+    if not _may_read(x):
+        return None
+    with torch.no_grad():
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        lengths = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=dtype)
+        if not math.isfinite(lengths.sum().item()):
+            finite(name, x)
+        return lengths
+
+
 def features(image: object, text: object) -> tuple[Tensor, Tensor]:
-    """Image and text features that fit together: [B, D] or [B, M, D] against [M, K, D]."""
+    """Image and text features that fit together, [B, D] or [B, M, D] against [M, K, D]; values are not read yet."""
     text = text_features("text", text)
     prompts, _, size = text.shape
     want = f"[B, {size}] or [B, {prompts}, {size}] to match text {list(text.shape)}"
@@ -201,7 +212,6 @@ def features(image: object, text: object) -> tuple[Tensor, Tensor]:
     if not fits:
         raise ValueError(f"image must have shape {want}; got {came(image)}")
     same_device("image", image, text=text)
-    finite("image", image)
     return image, text
 
 

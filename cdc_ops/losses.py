@@ -158,6 +158,7 @@ def decoupling_loss(text: Tensor, kind: str = "cosine") -> Tensor:
     """
     checks.one_of("kind", kind, KINDS)
     text = at_least_float32(checks.text_features("text", text))
+    checks.finite("text", text)
     M = text.shape[0]
     with torch.autocast(text.device.type, enabled=False):
         t = F.normalize(text, dim=-1).transpose(0, 1)
@@ -198,6 +199,7 @@ def consistency_loss(text: Tensor, anchor: Tensor, temperature: float = 0.01) ->
             f"anchor must have shape [{K}, {D}] to match text {list(text.shape)}; got {checks.came(anchor)}"
         )
     checks.same_device("text", text, anchor=anchor)
+    checks.finite("text", text)
     checks.finite("anchor", anchor)
     temperature = checks.number("temperature", temperature, low=0.0, open_low=True)
     with torch.autocast(text.device.type, enabled=False):

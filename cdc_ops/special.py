@@ -94,6 +94,19 @@ def kl_element(log_a: Tensor) -> Tensor:
     return torch.where(log_a < math.log(SERIES_FROM), near, far)
 
 
+def kl_slope(log_a: Tensor) -> Tensor:
+    """Derivative of :func:`kl_element` by ``ln a``: ``a ((a - 1) psi'(a) - 1)``, which tends to -1/2."""
+    small = torch.exp(log_a.clamp(max=math.log(SERIES_FROM)))
+    near = small * ((small - 1) * torch.polygamma(1, small) - 1)
+    inverse = torch.exp(-log_a.clamp(min=math.log(SERIES_FROM)))
+    odd = even = torch.zeros_like(inverse)
+    for n in reversed(range(1, len(BERNOULLI) + 1)):
+        odd = odd * inverse * inverse + BERNOULLI[n - 1]
+        even = even * inverse * inverse - BERNOULLI[n - 1]
+    far = -0.5 + inverse * (-0.5 + odd + inverse * even)
+    return torch.where(log_a < math.log(SERIES_FROM), near, far)
+
+
 def kl_total(log_total: Tensor, classes: int) -> Tensor:
     """``lnG(S) - (S - K) psi(S) + S - (lnG(K) + K)`` from ``ln S``: the row's share of KL(Dir(a) || Dir(1))."""
     small = torch.exp(log_total.clamp(max=math.log(SERIES_FROM)))

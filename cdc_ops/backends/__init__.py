@@ -44,6 +44,7 @@ class Problem:
     prior_weight: float
     normalize: bool
     dtype: torch.dtype
+    text_norm: Tensor | None = None  # lengths [M, K] of text, without gradient, where the checks have made them
 
     @property
     def sizes(self) -> tuple[int, int, int]:
