@@ -294,8 +294,8 @@ def load_clip(name: str, pretrained: str | None = None, *, device: torch.device 
             raise ValueError(
                 f"the bundled CLIP is load_clip('bundled') alone, got name={name!r}, pretrained={pretrained!r}"
             )
-        if not BUNDLED.is_dir():
-            raise RuntimeError("this installation has no bundled CLIP (cdc_models/bundled/clip is missing)")
+        if not (BUNDLED / "model.safetensors").is_file():
+            raise RuntimeError(f"this installation has no bundled CLIP: {BUNDLED.name}/model.safetensors is missing")
         source, pretrained = from_folder(BUNDLED), "bundled"
     elif pretrained is not None and Path(pretrained).expanduser().is_dir():
         source = from_folder(Path(pretrained).expanduser())

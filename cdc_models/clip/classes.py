@@ -90,8 +90,9 @@ def tokenize_classes(backbone: ClipBackbone, names: Sequence[str], template: str
             f"names: too long for a context of {backbone.context_length} tokens, start and end among them: "
             f"{', '.join(long)}"
         )
-    if special := [name for name, row in zip(names, rows, strict=True) if backbone.eot_id in row]:
-        raise ValueError(f"names: {special} contain the end-of-text token")
+    end = backbone.eot_id  # pooling looks for it, or for the largest id, which it is meant to be
+    if early := [name for name, row in zip(names, rows, strict=True) if end in row or max(row, default=0) > end]:
+        raise ValueError(f"names: the tower would take a token of {early} (in {template!r}) for the end of the text")
 
     lengths = tuple(len(row) for row in rows)
     ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)

@@ -1,0 +1,320 @@
+"""Loading a CLIP, what a backbone promises, and what it refuses."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from open_clip.hf_model import HFTextEncoder
+from PIL import Image
+from safetensors.torch import save_file
+from tower_reference import CONTEXT_LENGTH, TEXT, VISION, small_backbone, small_clip
+
+from cdc_models.clip import ClipBackbone, UnsupportedBackboneError, load_clip, sources
+
+MODEL_CFG = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
+
+
+def write_folder(folder, config=None, weights="model.safetensors", clip=None, config_name="open_clip_config.json"):
+    state = {name: t.contiguous() for name, t in (clip or small_clip(seed=7)).state_dict().items()}
+    if weights.endswith(".safetensors"):
+        save_file(state, folder / weights)
+    else:
+        torch.save(state, folder / weights)
+    (folder / config_name).write_text(json.dumps(config or {"model_cfg": MODEL_CFG}))
+    return folder
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"])
+def test_a_folder_says_what_the_network_is(tmp_path, weights):
+    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 2.0]}}
+    backbone = load_clip("mine", str(write_folder(tmp_path, config, weights)))
+    assert (backbone.name, backbone.pretrained) == ("mine", str(tmp_path))
+    assert backbone.fingerprint == small_backbone(seed=7).fingerprint
+    assert (backbone.image_mean, backbone.image_std) == ((0.1, 0.2, 0.3), (1.0, 1.0, 2.0))
+    assert backbone.tokenize(["a cat"]).shape == (1, CONTEXT_LENGTH)
+
+
+def test_a_folder_with_a_cut_tokenizer_and_half_precision_weights(tmp_path):
+    text = TEXT | {"vocab_size": 512 + 100 + 2}
+    config = {"model_cfg": MODEL_CFG | {"text_cfg": text}, "tokenizer": {"merges": 100}}
+    clip = small_clip(({}, {}, text)).half()
+    backbone = load_clip("mine", str(write_folder(tmp_path, config, clip=clip, config_name="config.json")))
+    assert (backbone.sot_id, backbone.eot_id) == (612, 613)
+    assert {t.dtype for t in backbone.parameters()} == {torch.float32}
+    assert torch.equal(backbone.clip.visual.proj, clip.visual.proj.float())
+    assert backbone.encode_text(backbone.tokenize(["a photo of a cat."])).shape == (1, 32)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_from_a_file(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: MODEL_CFG if name == "ViT-tiny" else None)
+    write_folder(tmp_path, weights=f"weights{suffix}")
+    backbone = load_clip("ViT-tiny", str(tmp_path / f"weights{suffix}"))
+    assert backbone.fingerprint == small_backbone(seed=7).fingerprint
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_random_weights_and_both_network_classes(custom, monkeypatch):
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: MODEL_CFG | {"custom_text": custom})
+    backbone = load_clip("ViT-B/32", device="cpu")
+    assert isinstance(backbone.clip, open_clip.CustomTextCLIP if custom else open_clip.CLIP)
+    assert backbone.pretrained is None
+    sizes = (backbone.embed_dim, backbone.text_width, backbone.image_width, backbone.text_depth, backbone.image_depth)
+    assert sizes == (32, 48, 64, 3, 3)
+    assert (backbone.image_size, backbone.context_length) == (32, 24)
+
+
+def test_unknown_names_list_close_ones():
+    with pytest.raises(ValueError, match=r"'vit-b-16-quickgel' is not an open_clip model; .*ViT-B-16-quickgelu"):
+        load_clip("vit-b-16-quickgel")
+    with pytest.raises(ValueError, match="see open_clip"):
+        load_clip("%%%%")
+
+
+@pytest.mark.parametrize("tag", ["openai", "dfn2b", "metaclip_400m"])
+def test_weights_trained_with_another_activation_are_refused(tag):
+    with pytest.raises(ValueError, match=f"{tag}.*trained with QuickGELU.*use 'ViT-B-16-quickgelu'"):
+        load_clip("ViT-B-16", tag)
+
+
+def test_gelu_weights_under_a_quickgelu_name_are_refused(monkeypatch):
+    monkeypatch.setattr(open_clip, "is_pretrained_cfg", lambda name, tag: True)
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: {"url": "somewhere"})
+    with pytest.raises(ValueError, match=r"trained with GELU.*use 'ViT-B-16'"):
+        load_clip("ViT-B-16-quickgelu", "some_tag")
+
+
+def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(RuntimeError, match=r"'openai' of ViT-B-16-quickgelu .*no network.*local file or folder"):
+        load_clip("ViT-B-16-quickgelu", "openai")
+
+
+def test_a_network_that_cannot_be_built_is_named(monkeypatch):
+    def broken(*args, **kwargs):
+        raise ImportError("transformers is missing")
+
+    monkeypatch.setattr(sources, "build_network", broken)
+    with pytest.raises(RuntimeError, match="could not build roberta-ViT-B-32: transformers is missing"):
+        load_clip("roberta-ViT-B-32")
+
+
+def test_a_missing_file_lists_the_tags(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.pt' is neither a file or folder.*tags: .*laion2b_s34b_b79k"):
+        load_clip("ViT-B-32", str(tmp_path / "nowhere.pt"))
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    config = {"model_cfg": MODEL_CFG | {"embed_dim": 16}}
+    with pytest.raises(ValueError, match=r"do not fit the network.*(proj|projection)"):
+        load_clip("mine", str(write_folder(tmp_path, config)))
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path):
+    write_folder(tmp_path, weights="pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="do not fit the network"):
+        load_clip("mine", str(tmp_path))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harm"), "w"))
+
+    write_folder(tmp_path, weights="pytorch_model.bin")
+    torch.save({"state_dict": Harmful()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="do not fit the network"):
+        load_clip("mine", str(tmp_path))
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"), [("model.safetensors", "no weights"), ("open_clip_config.json", "no configuration")]
+)
+def test_an_incomplete_folder_is_refused(tmp_path, remove, message):
+    write_folder(tmp_path)
+    (tmp_path / remove).unlink()
+    with pytest.raises(ValueError, match=message):
+        load_clip("mine", str(tmp_path))
+
+
+def test_a_configuration_without_a_network_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no 'model_cfg'"):
+        load_clip("mine", str(write_folder(tmp_path, {"preprocess_cfg": {}})))
+
+
+@pytest.mark.parametrize("arguments", [("ViT-B-32", "bundled"), ("bundled", "openai")])
+def test_the_bundled_clip_goes_by_its_own_name(arguments):
+    with pytest.raises(ValueError, match=r"load_clip\('bundled'\) alone"):
+        load_clip(*arguments)
+
+
+# -- a backbone ------------------------------------------------------------------------------------------------------
+
+
+def test_a_backbone_is_frozen_and_stays_in_evaluation_mode():
+    backbone = small_backbone("patch dropout")
+    owner = torch.nn.Sequential(backbone).train()
+    assert owner.training
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_scale_and_bias():
+    backbone = small_backbone()
+    assert backbone.scale.item() == pytest.approx(1 / 0.07)
+    assert backbone.bias is None
+    siglip = small_backbone(({"init_logit_bias": -10, "nonscalar_logit_scale": True}, {}, {}))
+    assert siglip.bias.item() == -10
+    assert siglip.scale.shape == siglip.bias.shape == ()
+
+
+def test_coca_returns_unnormalised_single_features():
+    """CoCa's own encode_* normalise by default, and its towers also return tokens."""
+    decoder = {"width": 48, "heads": 4, "layers": 1, "context_length": CONTEXT_LENGTH, "vocab_size": 49408}
+    tokens = {"output_tokens": True}
+    backbone = small_backbone(
+        (
+            {"custom_text": True, "multimodal_cfg": decoder},
+            {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 3} | tokens,
+            {"embed_cls": True} | tokens,
+        )
+    )
+    text = backbone.encode_text(backbone.tokenize(["a cat"]))
+    image = backbone.encode_image(torch.randn(1, 3, 32, 32))
+    assert text.shape == image.shape == (1, 32)
+    assert abs(text.norm() - 1) > 1e-3
+    assert abs(image.norm() - 1) > 1e-3
+
+
+def test_hugging_face_text_towers_are_refused_for_prompts():
+    class Encoder(HFTextEncoder):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.output_dim = 32
+
+        def forward(self, tokens):
+            return tokens.float() @ torch.ones(CONTEXT_LENGTH, 32)
+
+    clip = small_clip("custom text")
+    clip.text = Encoder()
+    backbone = ClipBackbone(clip, name="hf", make_tokenizer=small_backbone().tokenizer.__class__)
+    assert backbone.embed_dim == 32
+    assert backbone.encode_text(torch.ones(2, CONTEXT_LENGTH, dtype=torch.long)).shape == (2, 32)
+    for refused in (backbone.require_promptable_text, lambda: backbone.text_width, lambda: backbone.text_depth):
+        with pytest.raises(UnsupportedBackboneError, match="Encoder, not one of open_clip's own text transformers"):
+            refused()
+
+
+def test_a_tokenizer_that_cannot_be_had_is_missed_only_when_needed():
+    def offline():
+        raise OSError("needs a download")
+
+    backbone = ClipBackbone(small_clip(), name="small", make_tokenizer=offline)
+    assert backbone.encode_text(torch.zeros(1, CONTEXT_LENGTH, dtype=torch.long)).shape == (1, 32)
+    with pytest.raises(RuntimeError, match="tokenizer of small: needs a download"):
+        backbone.tokenize(["a cat"])
+    with pytest.raises(RuntimeError, match="without a tokenizer"):
+        ClipBackbone(small_clip()).tokenize(["a cat"])
+
+
+class HuggingFaceStyle:
+    """The face of open_clip's HFTokenizer: no encode, special ids on an inner tokenizer."""
+
+    context_length = CONTEXT_LENGTH
+
+    class tokenizer:
+        bos_token_id, eos_token_id, pad_token_id = 0, 2, 1
+
+        def __new__(cls, text, add_special_tokens):
+            return type("Encoding", (), {"input_ids": [10 + len(word) for word in text.split()]})
+
+    def clean_fn(self, text):
+        return text.strip()
+
+
+def test_tokenizers_of_the_hugging_face_kind():
+    backbone = ClipBackbone(small_clip(({}, {}, {"pool_type": "eos"})), make_tokenizer=HuggingFaceStyle)
+    assert (backbone.sot_id, backbone.eot_id, backbone.pad_id) == (0, 2, 1)
+    assert backbone.encode_words(" a cat ") == [11, 13]
+    backbone.require_promptable_text()
+
+
+def test_a_tokenizer_without_an_end_token_takes_no_prompts():
+    backbone = ClipBackbone(small_clip(), name="odd", make_tokenizer=object)
+    with pytest.raises(UnsupportedBackboneError, match="odd has no eot_token_id"):
+        _ = backbone.eot_id
+
+
+def test_preprocess_is_the_published_test_transform():
+    backbone = small_backbone()
+    x = backbone.preprocess(Image.new("RGB", (64, 48), (255, 0, 0)))
+    assert x.shape == (3, 32, 32)
+    red = (torch.tensor([1.0, 0, 0]) - torch.tensor(backbone.image_mean)) / torch.tensor(backbone.image_std)
+    assert torch.allclose(x[:, 16, 16], red, atol=1e-5)
+    assert backbone.image_mean == open_clip.OPENAI_DATASET_MEAN
+    assert backbone.image_std == open_clip.OPENAI_DATASET_STD
+
+
+def test_images_that_are_not_square():
+    backbone = small_backbone(({}, {"image_size": [32, 16]}, {}))
+    assert backbone.image_shape == (32, 16)
+    assert backbone.encode_image(torch.randn(1, 3, 32, 16)).shape == (1, 32)
+    with pytest.raises(UnsupportedBackboneError, match="32 x 16"):
+        _ = backbone.image_size
+
+
+def test_the_fingerprint_is_stable_cached_and_tells_weights_apart():
+    backbone, twin, other = small_backbone(), small_backbone(), small_backbone(seed=1)
+    first = backbone.fingerprint
+    assert first == backbone.fingerprint == twin.fingerprint != other.fingerprint
+    assert backbone._fingerprint[1] is backbone.fingerprint  # the second call hashes nothing
+    with torch.no_grad():
+        backbone.clip.visual.transformer.resblocks[1].mlp.c_fc.bias[3] += 1e-3
+    assert backbone.fingerprint != first
+    backbone.clip.load_state_dict(twin.clip.state_dict())
+    assert backbone.fingerprint == first
+    assert twin.bfloat16().fingerprint != first
+
+
+@pytest.mark.parametrize("texts", [[], "a cat", ["a cat", None]])
+def test_bad_texts_are_refused(texts):
+    with pytest.raises(ValueError, match="non-empty sequence of strings"):
+        small_backbone().tokenize(texts)
+
+
+def test_texts_that_do_not_fit_are_named_not_cut():
+    backbone = small_backbone()
+    assert backbone.tokenize([" cat" * (CONTEXT_LENGTH - 2)])[0, -1] == backbone.eot_id
+    with pytest.raises(ValueError, match=r"too long for a context of 24 .*dog") as error:
+        backbone.tokenize(["a cat", " dog" * (CONTEXT_LENGTH - 1)])
+    assert "a cat" not in str(error.value)
+
+
+@pytest.mark.parametrize("tokens", [torch.zeros(2, CONTEXT_LENGTH), torch.zeros(3, dtype=torch.long), ["a cat"]])
+def test_bad_tokens_are_refused(tokens):
+    with pytest.raises(ValueError, match="tokens: expected token ids"):
+        small_backbone().encode_text(tokens)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(1, 3, 16, 16),
+        torch.zeros(3, 32, 32),
+        torch.zeros(1, 2, 3, 32, 32),
+        torch.full((1, 3, 32, 32), torch.nan),
+    ],
+)
+def test_bad_images_are_refused(images):
+    with pytest.raises(ValueError, match="images: expected"):
+        small_backbone().encode_image(images)
