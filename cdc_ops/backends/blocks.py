@@ -1,0 +1,216 @@
+"""Blocks of images and classes: how the blocked backend makes evidence and folds prompts together, in place.
+
+A block is at most ``BLOCK_ROWS`` images by about ``BLOCK_COLUMNS`` classes, small enough to stay in a core's cache from
+the matrix product to the last row sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cdc_ops.backends import Problem
+from cdc_ops.special import log_alpha_ratio, softplus
+
+BLOCK_ROWS = 256
+BLOCK_COLUMNS = 1024
+#: F.normalize's floor for a length.
+EPS = 1e-12
+
+LINEAR, LOG, LOG1P = "v", "ln v", "ln(1 + v)"
+
+
+class Block(NamedTuple):
+    """Evidence of one prompt, or fused, over [b, k]: values are ``v = e / W``, ``ln v`` or ``ln(1 + v)``."""
+
+    values: Tensor
+    kind: str
+    bound: float = math.inf  # no ln(1 + v) of the block is larger
+
+    @property
+    def nothing(self) -> float:
+        """The value that stands for no evidence."""
+        return -math.inf if self.kind == LOG else 0.0
+
+    def log_sum(self) -> Tensor:
+        """``ln sum_k v_k`` [b]."""
+        x = self.values
+        if self.kind == LINEAR:
+            return x.sum(-1).log_()
+        if self.kind == LOG:
+            return torch.logsumexp(x, -1)
+        top = x.amax(-1, keepdim=True)
+        if x.shape[-1] * math.exp(-float(top.amin())) < 0.05:
+            # every row holds much evidence: the K ones of sum exp(l) - K can be taken off afterwards
+            ones = x.shape[-1] * torch.exp(-top.squeeze(-1))
+            return torch.log(torch.exp(x - top).sum(-1) - ones) + top.squeeze(-1)
+        shift = (top - 30).clamp_min_(0)
+        total = (torch.expm1(x - shift) - torch.expm1(-shift)).sum(-1)
+        return total.log_() + shift.squeeze(-1)
+
+    def log_alpha(self, classes: int) -> Tensor:
+        """``ln(alpha / W) = ln(v + 1 / K)``, a new block."""
+        if self.kind == LINEAR:
+            return (self.values + 1 / classes).log_()
+        if self.kind == LOG:
+            return torch.logaddexp(self.values, torch.full_like(self.values, -math.log(classes)))
+        return log_alpha_ratio(self.values, classes)
+
+
+def spans(total: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``step`` that cover ``total``."""
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+class Blocks:
+    """A problem cut into blocks, with the buffers they are made in."""
+
+    def __init__(self, problem: Problem, image: Tensor, columns: int = 0) -> None:
+        self.problem, self.image = problem, image
+        self.B, self.M, self.K = problem.sizes
+        self.rows = max(1, min(BLOCK_ROWS, self.B))
+        # few images: wider blocks, so that each is worth its overhead
+        self.columns = max(1, min(self.K, (columns or BLOCK_COLUMNS) * max(1, BLOCK_ROWS // self.rows)))
+        #: largest ln(1 + v) kept in linear space: a row sum of these cannot overflow
+        self.limit = math.log(torch.finfo(problem.dtype).max) - math.log(self.columns) - 1
+        self.log_w = math.log(problem.prior_weight)
+        constant = torch.zeros_like(problem.scale) if problem.bias is None else problem.bias
+        #: what is added to scale * <x, t>: for exp evidence the block is made as ln v = z - ln W
+        self.constant = constant - self.log_w if problem.activation == "exp" else constant
+        self.prior_bounds = self._prior_bounds()
+        self._buffers: dict[str, Tensor] = {}
+
+    def _prior_bounds(self) -> list[float] | None:
+        """Bounds on ln(1 + v) of each prompt from |cos| <= 1, when they already rule overflow out."""
+        if not self.problem.normalize:
+            return None
+        top = (self.problem.scale.abs() + self.constant).tolist()
+        if self.problem.activation == "exp":
+            bounds = [log1p_exp(z) for z in top]
+        else:
+            bounds = [math.log1p((max(z, 0.0) + 1.0) / self.problem.prior_weight) for z in top]
+        return bounds if sum(bounds) < self.limit else None
+
+    def buffer(self, name: str, rows: int, columns: int) -> Tensor:
+        """A reusable block; it holds whatever was left there."""
+        if name not in self._buffers:
+            self._buffers[name] = self.image.new_empty(self.rows * self.columns)
+        return self._buffers[name][: rows * columns].view(rows, columns)
+
+    def text(self, m: int, columns: slice) -> Tensor:
+        """Text features of one prompt and block of classes [k, D], not normalised."""
+        return self.problem.text[m, columns].to(self.problem.dtype)
+
+    def images(self, m: int, rows: slice) -> Tensor:
+        """Image features of one prompt and block of images [b, D]."""
+        return self.image[rows] if self.image.dim() == 2 else self.image[rows, m]
+
+    def lengths(self, columns: slice) -> Tensor | None:
+        """Lengths [M, k] that text is to be divided by, or None when features are taken as they are."""
+        if not self.problem.normalize:
+            return None
+        norm = self.problem.text_norm
+        if norm is not None:
+            return norm[:, columns].to(self.problem.dtype).clamp_min(EPS)
+        norms = [torch.linalg.vector_norm(self.text(m, columns), dim=-1) for m in range(self.M)]
+        return torch.stack(norms).clamp_min_(EPS)
+
+    def factors(self, lengths: Tensor | None) -> Tensor:
+        """What <x, t> is multiplied by to give z: [M, k], or [M, 1] when features are taken as they are."""
+        scale = self.problem.scale.unsqueeze(1)
+        return scale if lengths is None else scale / lengths
+
+    def product(self, m: int, rows: slice, text: Tensor, name: str) -> Tensor:
+        """``<x, t>`` [b, k] in the buffer ``name``."""
+        x = self.images(m, rows)
+        return torch.mm(x, text.T, out=self.buffer(name, x.shape[0], text.shape[0]))
+
+    def logits(self, m: int, product: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+        """Logits z (for exp evidence ``ln v = z - ln W``) from products, into ``out``."""
+        return torch.addcmul(self.constant[m], product, factor, out=out)
+
+    def evidence(self, m: int, z: Tensor) -> Block:
+        """Evidence from :meth:`logits`, in place."""
+        known = None if self.prior_bounds is None else self.prior_bounds[m]
+        if self.problem.activation == "exp":
+            bound = log1p_exp(float(z.amax())) if known is None else known
+            if not bound < self.limit:  # also for nan
+                return Block(z, LOG, bound)
+            return Block(z.exp_(), LINEAR, bound)
+        e = softplus(z) if self.problem.activation == "softplus" else z.relu_()
+        v = e.div_(self.problem.prior_weight)
+        return Block(v, LINEAR, math.log1p(float(v.amax())) if known is None else known)
+
+
+def log1p_exp(x: float) -> float:
+    """``ln(1 + exp(x))`` of a number."""
+    return x if x > 40 else math.log1p(math.exp(x))
+
+
+class Fusion:
+    """Folds one block after another into one. Dempster multiplies ``1 + v``, the other rules add ``weight v``.
+
+    As long as nothing can overflow, the product is kept as ``q = prod (1 + v) - 1`` by ``q <- q + v + q v``, exact
+    for tiny evidence too. What would overflow is moved into a second part kept as a logarithm.
+    """
+
+    def __init__(self, blocks: Blocks, out: Tensor) -> None:
+        self.dempster = blocks.problem.rule == "dempster"
+        self.limit = blocks.limit
+        self.out = out  # holds the linear part
+        self.linear: Block | None = None
+        self.log: Tensor | None = None  # ln(1 + v) for Dempster, ln v for the others
+
+    def add(self, block: Block, weight: Tensor | float) -> None:
+        """Fold in one block, whose values are used up. weight: number or [b, 1]; Dempster ignores it."""
+        v = block.values
+        if block.kind == LOG:
+            if not self.dempster:
+                v = v + (torch.log(weight) if isinstance(weight, Tensor) else math.log(weight))
+            self._add_log(softplus(v) if self.dempster else v)
+            return
+        if not self.dempster:
+            v = v.mul_(weight)
+        elif self.linear is not None and self.linear.bound + block.bound > self.limit:
+            self._retire()
+        if self.linear is None:
+            self.out.copy_(v)
+            self.linear = Block(self.out, LINEAR, block.bound)
+            return
+        if self.dempster:
+            torch.addcmul(v, v, self.out, out=v)
+        self.linear = Block(self.out.add_(v), LINEAR, self.linear.bound + block.bound)
+
+    def _add_log(self, x: Tensor) -> None:
+        if self.log is None:
+            self.log = x
+        elif self.dempster:
+            self.log.add_(x)
+        else:
+            torch.logaddexp(self.log, x, out=self.log)
+
+    def _retire(self) -> None:
+        """Move the linear part into the logarithmic one."""
+        if self.linear is not None:
+            self._add_log(torch.log1p(self.out) if self.dempster else torch.log(self.out))
+            self.linear = None
+
+    def block(self) -> Block:
+        """The fused evidence."""
+        if self.log is None and self.linear is not None:
+            return self.linear
+        self._retire()
+        assert self.log is not None
+        return Block(self.log, LOG1P if self.dempster else LOG)
+
+    def log_ratio(self) -> Tensor:
+        """``l = ln(1 + v)``, in ``out``; ends the fusion."""
+        block = self.block()
+        if block.kind == LINEAR:
+            return torch.log1p(self.out, out=self.out)
+        return self.out.copy_(block.values if block.kind == LOG1P else softplus(block.values))
