@@ -19,24 +19,30 @@ from cdc_models.clip.classes import ClassTokens
 
 POSITIONS = ("end", "middle", "front")
 
-# A rectangle costs a few kernel launches a block, a padded token a few MFLOP a block. On a CPU even one padded token
-# is dearer; on an accelerator launches weigh more (an estimate from a 5 us launch, not a measurement).
-SLACK_CPU, SLACK_ACCELERATOR = 0, 256
+# A rectangle costs a few kernel launches a block, a padded token a few MFLOP a block. On a CPU a rectangle is worth
+# it from a few tokens on (measured); on an accelerator launches weigh more (an estimate from 5 us a launch).
+SLACK_CPU, SLACK_ACCELERATOR = 8, 256
 
 
 @dataclass(frozen=True)
 class Group:
-    """`count` classes as a rectangle of `width` tokens each, starting at slot `start`."""
+    """`count` classes as a rectangle of `width` tokens each."""
 
-    start: int
     count: int
     width: int
     mask: Tensor | None  # [width, prefix + width] bool: which keys (prefix first) a query may see
     end_mask: Tensor | None  # [count, 1, 1, prefix + width] bool for the queries at EOT; None: all keys
 
     def rows(self, x: Tensor) -> Tensor:
-        """[M, S, ...] -> this rectangle, [M, count, width, ...]."""
-        return x[:, self.start : self.start + self.count * self.width].unflatten(1, (self.count, self.width))
+        """[M, count * width, ...] -> [M * count, width, ...]."""
+        return x.unflatten(1, (self.count, self.width)).flatten(0, 1)
+
+    def behind(self, prefix: Tensor, x: Tensor) -> Tensor:
+        """Keys or values of the classes behind those of the prefix they share: [M * count, prefix + width, ...]."""
+        if prefix.size(1) == 0:
+            return self.rows(x)
+        shared = prefix[:, None].expand(-1, self.count, -1, -1, -1)
+        return torch.cat([shared, x.unflatten(1, (self.count, self.width))], dim=2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -73,34 +79,29 @@ class Layout:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every token attends as in its own prompt: [M, S, heads, d] each -> [M, S, heads, d]."""
-        p = self.prefix
-        out = [attention(q[:, :p], k[:, :p], v[:, :p], causal=True)] if p else []
-        for group in self.groups:
-            keys, values = (self._with_prefix(group, t) for t in (k, v))
-            rows = attention(group.rows(q).flatten(0, 1), keys, values, mask=group.mask)
+        (q_prefix, *queries), (k_prefix, *keys), (v_prefix, *values) = (self._split(t) for t in (q, k, v))
+        out = [attention(q_prefix, k_prefix, v_prefix, causal=True)] if self.prefix else []
+        for group, qs, ks, vs in zip(self.groups, queries, keys, values, strict=True):
+            ks, vs = group.behind(k_prefix, ks), group.behind(v_prefix, vs)
+            rows = attention(group.rows(qs), ks, vs, mask=group.mask)
             out.append(rows.unflatten(0, (-1, group.count)).flatten(1, 2))
         return torch.cat(out, dim=1)
 
     def attend_ends(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `attend`, for the queries at EOT only: q [M, K, heads, d] in sorted order -> the same shape."""
-        out, first = [], 0
-        for group in self.groups:
-            keys, values = (self._with_prefix(group, t) for t in (k, v))
-            mask = group.end_mask
-            if mask is not None:
-                mask = mask.repeat(q.size(0), 1, 1, 1)
-            rows = q[:, first : first + group.count].flatten(0, 1).unsqueeze(1)
-            out.append(attention(rows, keys, values, mask=mask).squeeze(1).unflatten(0, (-1, group.count)))
-            first += group.count
+        queries = q.split([group.count for group in self.groups], dim=1)
+        (k_prefix, *keys), (v_prefix, *values) = (self._split(t) for t in (k, v))
+        out = []
+        for group, qs, ks, vs in zip(self.groups, queries, keys, values, strict=True):
+            ks, vs = group.behind(k_prefix, ks), group.behind(v_prefix, vs)
+            mask = None if group.end_mask is None else group.end_mask.repeat(q.size(0), 1, 1, 1)
+            rows = attention(qs.flatten(0, 1).unsqueeze(1), ks, vs, mask=mask)
+            out.append(rows.squeeze(1).unflatten(0, (-1, group.count)))
         return torch.cat(out, dim=1)
 
-    def _with_prefix(self, group: Group, x: Tensor) -> Tensor:
-        """Keys or values of a group's classes behind those of the shared prefix: [M * count, prefix + width, ...]."""
-        rows = group.rows(x)
-        if self.prefix:
-            shared = x[:, None, : self.prefix].expand(-1, group.count, -1, -1, -1)
-            rows = torch.cat([shared, rows], dim=2)
-        return rows.flatten(0, 1)
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Prefix and groups, at one go: slice by slice, the backward pass would fill a full-size tensor for each."""
+        return x.split([self.prefix, *(group.count * group.width for group in self.groups)], dim=1)
 
 
 def text_layout(
@@ -168,7 +169,7 @@ def _lay_out(
             packed += [(token, index, prefix + t) for t, (token, index) in enumerate(row)]
             own_ends.append(real[k] - 1 - prefix)
         ends += [start + i * width + end for i, end in enumerate(own_ends)]
-        groups.append(_group(start, count, width, prefix, own_ends, pad_to is None, device))
+        groups.append(_group(count, width, prefix, own_ends, pad_to is None, device))
         first += count
 
     slots, indices, positions = (torch.tensor(column, device=device) for column in zip(*packed, strict=True))
@@ -185,17 +186,15 @@ def _lay_out(
     )
 
 
-def _group(
-    start: int, count: int, width: int, prefix: int, ends: Sequence[int], causal: bool, device: torch.device
-) -> Group:
+def _group(count: int, width: int, prefix: int, ends: Sequence[int], causal: bool, device: torch.device) -> Group:
     if not causal:
-        return Group(start, count, width, None, None)
+        return Group(count, width, None, None)
     keys = torch.arange(prefix + width, device=device)
     mask = keys[None, :] <= keys[prefix:, None]
     end_mask = None
     if any(end != width - 1 for end in ends):
         end_mask = (keys <= prefix + torch.tensor(ends, device=device)[:, None])[:, None, None, :]
-    return Group(start, count, width, mask, end_mask)
+    return Group(count, width, mask, end_mask)
 
 
 def _rectangles(widths: Sequence[int], slack: int) -> list[tuple[int, int]]:

@@ -94,16 +94,19 @@ def test_any_prompt_matches_the_full_length_tower(names, n, j, m, position, clas
 def test_padded_rectangles_give_the_same_features(position, monkeypatch):
     backbone = small_backbone(dtype=torch.float64)
     context, _ = prompts(backbone, m=2, n=3, j=1)
-    packed = encode_prompted_text(backbone, tokenize_classes(backbone, NAMES), context, position=position)
-    monkeypatch.setattr("cdc_models.clip.text_layout.SLACK_CPU", 10_000)
-    classes = tokenize_classes(backbone, NAMES)
-    padded = encode_prompted_text(backbone, classes, context, position=position)
-    (layout,) = classes.layouts.values()
-    assert len(layout.groups) == 1
-    assert_close(padded, packed)
+    features, groups = [], []
+    for slack in (0, 10_000):
+        monkeypatch.setattr("cdc_models.clip.text_layout.SLACK_CPU", slack)
+        classes = tokenize_classes(backbone, NAMES)
+        features.append(encode_prompted_text(backbone, classes, context, position=position))
+        (layout,) = classes.layouts.values()
+        groups.append(len(layout.groups))
+    assert groups == [len(set(classes.token_lengths)), 1]
+    assert_close(*features)
 
 
-def test_only_real_tokens_are_encoded_and_the_prefix_once():
+def test_only_real_tokens_are_encoded_and_the_prefix_once(monkeypatch):
+    monkeypatch.setattr("cdc_models.clip.text_layout.SLACK_CPU", 0)
     backbone = small_backbone()
     classes = tokenize_classes(backbone, NAMES)
     common = (classes, 4, False, "end", backbone.sot_id, backbone.eot_id, backbone.device)
