@@ -30,12 +30,7 @@ def make_problem(
     image, text = checks.features(image, text)
     dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
     M, K = text.shape[:2]
-    checks.finite("image", image)
-    text_norm = None
-    if normalize:
-        text_norm = checks.finite_lengths("text", text)
-    else:
-        checks.finite("text", text)
+    check_values = checks.finite_lengths if normalize else checks.finite
     return Problem(
         image=image,
         text=text,
@@ -46,7 +41,8 @@ def make_problem(
         prior_weight=checks.prior_weight(prior_weight, K),
         normalize=bool(normalize),
         dtype=dtype,
-        text_norm=text_norm,
+        image_norm=check_values("image", image),
+        text_norm=check_values("text", text),
     )
 
 

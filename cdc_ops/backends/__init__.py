@@ -44,7 +44,9 @@ class Problem:
     prior_weight: float
     normalize: bool
     dtype: torch.dtype
-    text_norm: Tensor | None = None  # lengths [M, K] of text, without gradient, where the checks have made them
+    # lengths [B] or [B, M] of image and [M, K] of text, without gradient, where the checks have made them
+    image_norm: Tensor | None = None
+    text_norm: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:

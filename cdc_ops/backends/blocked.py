@@ -15,7 +15,7 @@ copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cdc_ops.backends import LossForm, Problem
-from cdc_ops.backends.blocks import EPS, LOG, LOG1P, Block, Blocks, Fusion, spans
+from cdc_ops.backends.blocks import EPS, LOG, LOG1P, Block, Blocks, Fusion, exp_, spans
 from cdc_ops.dirichlet import RowSums, loss_from_row_sums
 from cdc_ops.fusion import confidence_weight
 from cdc_ops.special import kl_element, kl_slope, softplus
@@ -66,18 +66,18 @@ class Place(NamedTuple):
 
 
 class Accumulator:
-    """Row sums [B, M + 1] over blocks of classes; the last column is the fused opinion's."""
+    """Row sums of M + 1 opinions over blocks of classes, each a list of [B]; the last is the fused opinion."""
 
     def __init__(self, blocks: Blocks, sums: Sums) -> None:
         self.K, self.log_w, self.sums = blocks.K, blocks.log_w, sums
 
-        def column(value: float) -> Tensor:
-            return blocks.image.new_full((blocks.B, blocks.M + 1), value)
+        def rows(value: float) -> list[Tensor]:
+            return list(blocks.image.new_full((blocks.M + 1, blocks.B), value).unbind())
 
-        self.log_sum = column(-math.inf)
-        self.log_target = None if sums.target is None else column(0.0)
-        self.log_square = column(-math.inf) if sums.square else None
-        self.kl_sum = column(0.0) if sums.kl else None
+        self.log_sum = rows(-math.inf)
+        self.log_target = None if sums.target is None else rows(0.0)
+        self.log_square = rows(-math.inf) if sums.square else None
+        self.kl_sum = rows(0.0) if sums.kl else None
 
     def add(self, m: int, rows: slice, columns: slice, block: Block) -> None:
         """Add one block of opinion m; its values are left as they were."""
@@ -86,38 +86,43 @@ class Accumulator:
             assert self.log_target is not None
             kept = block.values.gather(1, place.position)
             mine = Block(kept, block.kind).log_alpha(self.K)
-            self.log_target[rows, m] += torch.where(place.inside, mine, 0.0).squeeze(1)
+            self.log_target[m][rows] += torch.where(place.inside, mine, 0.0).squeeze(1)
             place.put(block.values, block.nothing)
-        merge(self.log_sum[rows, m], block.log_sum(), columns)
+        merge(self.log_sum[m][rows], block.log_sum(), columns)
         if self.log_square is not None or self.kl_sum is not None:
             log_alpha = block.log_alpha(self.K)
             if self.kl_sum is not None:
                 share = kl_element(log_alpha + self.log_w)
                 if place is not None:
                     place.put(share, 0.0)
-                self.kl_sum[rows, m] += share.sum(-1)
+                self.kl_sum[m][rows] += share.sum(-1)
             if self.log_square is not None:
                 log_alpha.mul_(2)
                 if place is not None:
                     place.put(log_alpha, -math.inf)
-                merge(self.log_square[rows, m], torch.logsumexp(log_alpha, -1), columns)
+                merge(self.log_square[m][rows], torch.logsumexp(log_alpha, -1), columns)
         if place is not None:
             place.put(block.values, kept)
 
     def total(self) -> Tensor:
-        """``ln(sum alpha / W)`` over all classes but the target, or over all when there is none."""
-        constant = 1.0 if self.sums.target is None else (self.K - 1) / self.K
-        if constant == 0:
-            return self.log_sum
-        return torch.logaddexp(self.log_sum, torch.full_like(self.log_sum, math.log(constant)))
+        """``ln(sum alpha / W)`` [B, M + 1] over all classes but the target, or over all when there is none."""
+        log_sum = torch.stack(self.log_sum, 1)
+        if self.sums.target is None:
+            return softplus(log_sum)
+        if self.K == 1:
+            return log_sum
+        constant = math.log((self.K - 1) / self.K)
+        return softplus(log_sum.sub_(constant)).add_(constant)
+
+    def results(self) -> tuple[Tensor | None, ...]:
+        """log_rest (or ``-ln u``), log_target, log_square and kl_sum, each [B, M + 1] or None."""
+        others = (self.log_target, self.log_square, self.kl_sum)
+        return self.total(), *(None if x is None else torch.stack(x, 1) for x in others)
 
 
 def merge(running: Tensor, here: Tensor, columns: slice) -> None:
     """Add the block's sum to the running one, both logarithms, in place."""
-    if columns.start == 0:
-        running.copy_(here)
-    else:
-        running.copy_(torch.logaddexp(running, here))
+    running.copy_(here if columns.start == 0 else torch.logaddexp(running, here))
 
 
 def fusion_weights(blocks: Blocks) -> Weights:
@@ -142,7 +147,7 @@ def prompt_log_partition(blocks: Blocks) -> Tensor:
     """``-ln u_m`` [B, M] alone."""
     accumulator = Accumulator(blocks, Sums(None))
     for columns in spans(blocks.K, blocks.columns):
-        factors = blocks.factors(blocks.lengths(columns))
+        factors = blocks.factors(blocks.lengths(columns), columns)
         for m in range(blocks.M):
             text = blocks.text(m, columns)
             for rows in spans(blocks.B, blocks.rows):
@@ -157,27 +162,40 @@ def sweep(
     """Once over all blocks, classes outside, images inside; the accumulator is complete after the last."""
     weights = fusion_weights(blocks)
     for columns in spans(blocks.K, blocks.columns):
-        factors = blocks.factors(blocks.lengths(columns))
+        factors = blocks.factors(blocks.lengths(columns), columns)
         texts = [blocks.text(m, columns) for m in range(blocks.M)]
         for rows in spans(blocks.B, blocks.rows):
             size = rows.stop - rows.start, columns.stop - columns.start
             out = blocks.buffer("fused", *size) if log_ratio is None else log_ratio[rows, columns]
             fusion = Fusion(blocks, out)
             for m, (text, weight) in enumerate(zip(texts, weights_at(weights, rows), strict=True)):
-                z = blocks.product(m, rows, text, "logits")
-                block = blocks.evidence(m, blocks.logits(m, z, factors[m], z))
+                product = blocks.product(m, rows, text, "logits")
+                # the first prompt's evidence is made where the fused evidence will be
+                z = blocks.logits(m, product, factors[m], product if m else out)
+                block = blocks.evidence(m, z)
                 accumulator.add(m, rows, columns, block)
                 fusion.add(block, weight)
             accumulator.add(blocks.M, rows, columns, fusion.block())
             yield rows, columns, fusion
 
 
-class RowSumsFunction(torch.autograd.Function):
-    """(image, text, scale, bias) -> the row sums of :mod:`cdc_ops.dirichlet` and, if asked, log_ratio [B, K].
+def row_sums(image: Tensor, problem: Problem, sums: Sums, want_log_ratio: bool) -> tuple[Tensor | None, ...]:
+    """The row sums of :mod:`cdc_ops.dirichlet`, and log_ratio [B, K] if asked.
 
-    image is normalised already, in the problem's dtype; everything else is as in the problem. Without a target
-    the row sums are just ``-ln u``; the last column of each is the fused opinion's.
+    image is normalised already, in the problem's dtype. Without a target the row sums are just ``-ln u``. The
+    last column of each is the fused opinion's.
     """
+    blocks = Blocks(problem, image)
+    log_ratio = image.new_empty(blocks.B, blocks.K) if want_log_ratio else None
+    accumulator = Accumulator(blocks, sums)
+    for _, _, fusion in sweep(blocks, accumulator, log_ratio):
+        if want_log_ratio:
+            fusion.log_ratio()
+    return log_ratio, *accumulator.results()
+
+
+class RowSumsFunction(torch.autograd.Function):
+    """:func:`row_sums` as a differentiable function of image, text, scale and bias."""
 
     @staticmethod
     def forward(
@@ -190,13 +208,7 @@ class RowSumsFunction(torch.autograd.Function):
         sums: Sums,
         want_log_ratio: bool,
     ) -> tuple[Tensor | None, ...]:
-        blocks = Blocks(problem, image)
-        log_ratio = image.new_empty(blocks.B, blocks.K) if want_log_ratio else None
-        accumulator = Accumulator(blocks, sums)
-        for _, _, fusion in sweep(blocks, accumulator, log_ratio):
-            if want_log_ratio:
-                fusion.log_ratio()
-        results = (accumulator.total(), accumulator.log_target, accumulator.log_square, accumulator.kl_sum)
+        log_ratio, *results = row_sums(image, problem, sums, want_log_ratio)
         ctx.problem, ctx.sums, ctx.want_log_ratio = problem, sums, want_log_ratio
         # text, scale and bias are read through the problem; saving them guards against changes in place
         ctx.save_for_backward(image, text, scale, bias, *results[:3])
@@ -234,17 +246,17 @@ class RowSlopes(NamedTuple):
             return x[rows, m].unsqueeze(1)
 
         lead = block.values
-        grad = torch.sub(lead, column(self.total)).exp_().mul_(column(self.g_total))
+        grad = exp_(lead - column(self.total)).mul_(column(self.g_total))
         if self.log_square is not None or self.sums.kl:
             log_alpha = block.log_alpha(self.blocks.K)
             if self.sums.kl:
                 assert self.g_kl is not None
                 slope = kl_slope(log_alpha + self.blocks.log_w)
-                grad.add_(slope.mul_(torch.exp(lead - log_alpha)).mul_(column(self.g_kl)))
+                grad.add_(slope.mul_(exp_(lead - log_alpha)).mul_(column(self.g_kl)))
             if self.log_square is not None:
                 assert self.g_square is not None
                 log_alpha.add_(lead).sub_(column(self.log_square))
-                grad.add_(log_alpha.exp_().mul_(2 * column(self.g_square)))
+                grad.add_(exp_(log_alpha).mul_(2 * column(self.g_square)))
         place = Place.of(self.sums.target, rows, columns)
         if place is not None:
             assert self.log_target is not None and self.g_target is not None
@@ -262,7 +274,7 @@ class FusedSlope(NamedTuple):
     products: list[Tensor]
     texts: list[Tensor]
     lengths: Tensor | None
-    factors: Tensor
+    factors: Sequence[Tensor]
     weights: Weights
     log_ratio: Tensor
     grad: Tensor
@@ -284,14 +296,14 @@ class FusedSlope(NamedTuple):
         """Gradient with respect to y of prompt m by way of the fused opinion."""
         if self.blocks.problem.rule == "dempster":
             return torch.sigmoid(y).mul_(self.grad)
-        return torch.sub(y, self.log_ratio).exp_().mul_(self.grad).mul_(self.weights[m])
+        return exp_(y - self.log_ratio).mul_(self.grad).mul_(self.weights[m])
 
 
 def fused_slopes(blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, weights: Weights) -> Iterator[FusedSlope]:
     """Every block again, classes outside, images inside."""
     for columns in spans(blocks.K, blocks.columns):
         lengths = blocks.lengths(columns)
-        factors = blocks.factors(lengths)
+        factors = blocks.factors(lengths, columns)
         texts = [blocks.text(m, columns) for m in range(blocks.M)]
         for rows in spans(blocks.B, blocks.rows):
             size = rows.stop - rows.start, columns.stop - columns.start
@@ -320,14 +332,14 @@ class Confidence:
         for fused in fused_slopes(blocks, slopes, g_ratio, self.weights):
             for m in range(blocks.M):
                 y, _ = fused.prompt(m)
-                g_weight[fused.rows, m] += torch.exp(y - fused.log_ratio).mul_(fused.grad).sum(1)
+                g_weight[fused.rows, m] += exp_(y - fused.log_ratio).mul_(fused.grad).sum(1)
         with torch.enable_grad():
             x = self.log_partition.detach().requires_grad_()
             (self.g_log_partition,) = torch.autograd.grad(confidence_weight(x, 1), x, g_weight)
 
     def at(self, m: int, rows: slice, y: Tensor) -> Tensor:
         """Gradient with respect to ``y = ln v`` of prompt m by way of its weight."""
-        grad = torch.exp(y - self.log_partition[rows, m].unsqueeze(1))
+        grad = exp_(y - self.log_partition[rows, m].unsqueeze(1))
         return grad.mul_(self.g_log_partition[rows, m].unsqueeze(1))
 
 
@@ -387,26 +399,32 @@ def through_length(grad: Tensor, text: Tensor, length: Tensor | None) -> Tensor:
 def prepared_image(problem: Problem) -> Tensor:
     """Image features in the problem's dtype, normalised if asked; differentiable."""
     x = problem.image.to(problem.dtype)
-    return F.normalize(x, dim=-1, eps=EPS) if problem.normalize else x
+    if not problem.normalize:
+        return x
+    if problem.image_norm is None or (torch.is_grad_enabled() and x.requires_grad):
+        return F.normalize(x, dim=-1, eps=EPS)
+    return x / problem.image_norm.to(x.dtype).clamp_min(EPS).unsqueeze(-1)
 
 
-def row_sums(problem: Problem, sums: Sums, want_log_ratio: bool) -> tuple[Tensor, ...]:
-    """:class:`RowSumsFunction` of a problem."""
-    return RowSumsFunction.apply(  # type: ignore[no-any-return]
-        prepared_image(problem), problem.text, problem.scale, problem.bias, problem, sums, want_log_ratio
-    )
+def differentiable_row_sums(problem: Problem, sums: Sums, want_log_ratio: bool) -> tuple[Any, ...]:
+    """:func:`row_sums`, recorded by autograd where a gradient will be asked for."""
+    image, inputs = prepared_image(problem), (problem.text, problem.scale, problem.bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (image, *inputs)):
+        return RowSumsFunction.apply(image, *inputs, problem, sums, want_log_ratio)  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return row_sums(image, problem, sums, want_log_ratio)
 
 
 def fused_opinion(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`cdc_ops.backends`."""
     M = problem.sizes[1]
-    log_ratio, total, *_ = row_sums(problem, Sums(None), True)
+    log_ratio, total, *_ = differentiable_row_sums(problem, Sums(None), True)
     return log_ratio, total[:, M], total[:, :M]
 
 
 def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :mod:`cdc_ops.backends`; a running top-k over blocks of classes."""
-    B, M, _ = problem.sizes
+    M = problem.sizes[1]
     blocks = Blocks(problem, prepared_image(problem), TOPK_COLUMNS)
     accumulator = Accumulator(blocks, Sums(None))
     best: dict[int, tuple[Tensor, Tensor]] = {}  # values and classes so far, by first row of the block
@@ -430,7 +448,7 @@ def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """See :mod:`cdc_ops.backends`."""
     _, M, K = problem.sizes
     sums = Sums(target, loss.form == "mse", loss.kl_weight != 0)
-    _, total, log_target, log_square, kl_sum = row_sums(problem, sums, False)
+    _, total, log_target, log_square, kl_sum = differentiable_row_sums(problem, sums, False)
     each = loss_from_row_sums(
         RowSums(log_target, total, log_square, kl_sum), K, problem.prior_weight, loss.form, loss.kl_weight
     )

@@ -7,7 +7,7 @@ the matrix product to the last row sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,11 @@ BLOCK_COLUMNS = 1024
 EPS = 1e-12
 
 LINEAR, LOG, LOG1P = "v", "ln v", "ln(1 + v)"
+
+
+def exp_(x: Tensor) -> Tensor:
+    """``exp`` in place, never below the smallest normal number: subnormal numbers cost a CPU a hundredfold."""
+    return x.clamp_(min=math.log(torch.finfo(x.dtype).tiny) + 1e-3).exp_()
 
 
 class Block(NamedTuple):
@@ -47,7 +52,7 @@ class Block(NamedTuple):
         if x.shape[-1] * math.exp(-float(top.amin())) < 0.05:
             # every row holds much evidence: the K ones of sum exp(l) - K can be taken off afterwards
             ones = x.shape[-1] * torch.exp(-top.squeeze(-1))
-            return torch.log(torch.exp(x - top).sum(-1) - ones) + top.squeeze(-1)
+            return exp_(x - top).sum(-1).sub_(ones).log_().add_(top.squeeze(-1))
         shift = (top - 30).clamp_min_(0)
         total = (torch.expm1(x - shift) - torch.expm1(-shift)).sum(-1)
         return total.log_() + shift.squeeze(-1)
@@ -68,7 +73,10 @@ def spans(total: int, step: int) -> Iterator[slice]:
 
 
 class Blocks:
-    """A problem cut into blocks, with the buffers they are made in."""
+    """A problem cut into blocks, with the buffers they are made in.
+
+    On a CPU a block is a millisecond's work and every PyTorch call a few microseconds, so views are made once.
+    """
 
     def __init__(self, problem: Problem, image: Tensor, columns: int = 0) -> None:
         self.problem, self.image = problem, image
@@ -81,34 +89,46 @@ class Blocks:
         self.log_w = math.log(problem.prior_weight)
         constant = torch.zeros_like(problem.scale) if problem.bias is None else problem.bias
         #: what is added to scale * <x, t>: for exp evidence the block is made as ln v = z - ln W
-        self.constant = constant - self.log_w if problem.activation == "exp" else constant
-        self.prior_bounds = self._prior_bounds()
-        self._buffers: dict[str, Tensor] = {}
+        constant = constant - self.log_w if problem.activation == "exp" else constant
+        self.known_bounds, self.may_underflow = self._from_unit_length(constant)
+        self._constant = constant.unbind()
+        self._text = problem.text.unbind()
+        self._image = [image] * self.M if image.dim() == 2 else image.unbind(1)
+        self._buffers: dict[tuple[str, int, int], Tensor] = {}
 
-    def _prior_bounds(self) -> list[float] | None:
-        """Bounds on ln(1 + v) of each prompt from |cos| <= 1, when they already rule overflow out."""
+    def _from_unit_length(self, constant: Tensor) -> tuple[list[float] | None, bool]:
+        """What |cos| <= 1 tells: bounds on ln(1 + v) when they rule overflow out, and whether exp may underflow."""
         if not self.problem.normalize:
-            return None
-        top = (self.problem.scale.abs() + self.constant).tolist()
-        if self.problem.activation == "exp":
-            bounds = [log1p_exp(z) for z in top]
-        else:
-            bounds = [math.log1p((max(z, 0.0) + 1.0) / self.problem.prior_weight) for z in top]
-        return bounds if sum(bounds) < self.limit else None
+            return None, True
+        exp = self.problem.activation == "exp"
+        bounds, may_underflow = [], False
+        for scale, c in zip(self.problem.scale.tolist(), constant.tolist(), strict=True):
+            top = abs(scale) + c
+            bounds.append(log1p_exp(top) if exp else math.log1p((max(top, 0) + 1) / self.problem.prior_weight))
+            may_underflow |= c - abs(scale) < math.log(torch.finfo(self.problem.dtype).tiny) + 1
+        return (bounds if sum(bounds) < self.limit else None), may_underflow
 
     def buffer(self, name: str, rows: int, columns: int) -> Tensor:
         """A reusable block; it holds whatever was left there."""
-        if name not in self._buffers:
-            self._buffers[name] = self.image.new_empty(self.rows * self.columns)
-        return self._buffers[name][: rows * columns].view(rows, columns)
+        key = name, rows, columns
+        if key not in self._buffers:
+            # the first block is the largest; smaller ones at the edges live in its memory
+            whole = self._buffers.get((name, self.rows, self.columns))
+            if whole is None:
+                whole = self.image.new_empty(self.rows, self.columns)
+                self._buffers[name, self.rows, self.columns] = whole
+            if key not in self._buffers:
+                self._buffers[key] = whole.view(-1)[: rows * columns].view(rows, columns)
+        return self._buffers[key]
 
     def text(self, m: int, columns: slice) -> Tensor:
         """Text features of one prompt and block of classes [k, D], not normalised."""
-        return self.problem.text[m, columns].to(self.problem.dtype)
+        text = self._text[m] if self.columns == self.K else self._text[m][columns]
+        return text.to(self.problem.dtype)
 
     def images(self, m: int, rows: slice) -> Tensor:
         """Image features of one prompt and block of images [b, D]."""
-        return self.image[rows] if self.image.dim() == 2 else self.image[rows, m]
+        return self._image[m] if self.rows == self.B else self._image[m][rows]
 
     def lengths(self, columns: slice) -> Tensor | None:
         """Lengths [M, k] that text is to be divided by, or None when features are taken as they are."""
@@ -120,10 +140,12 @@ class Blocks:
         norms = [torch.linalg.vector_norm(self.text(m, columns), dim=-1) for m in range(self.M)]
         return torch.stack(norms).clamp_min_(EPS)
 
-    def factors(self, lengths: Tensor | None) -> Tensor:
-        """What <x, t> is multiplied by to give z: [M, k], or [M, 1] when features are taken as they are."""
+    def factors(self, lengths: Tensor | None, columns: slice) -> Sequence[Tensor]:
+        """What <x, t> of each prompt is multiplied by to give z: [k]."""
         scale = self.problem.scale.unsqueeze(1)
-        return scale if lengths is None else scale / lengths
+        if lengths is None:  # written out: PyTorch vectorises a row, not a broadcast number
+            return scale.repeat(1, columns.stop - columns.start).unbind()
+        return (scale / lengths).unbind()
 
     def product(self, m: int, rows: slice, text: Tensor, name: str) -> Tensor:
         """``<x, t>`` [b, k] in the buffer ``name``."""
@@ -132,16 +154,16 @@ class Blocks:
 
     def logits(self, m: int, product: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         """Logits z (for exp evidence ``ln v = z - ln W``) from products, into ``out``."""
-        return torch.addcmul(self.constant[m], product, factor, out=out)
+        return torch.addcmul(self._constant[m], product, factor, out=out)
 
     def evidence(self, m: int, z: Tensor) -> Block:
         """Evidence from :meth:`logits`, in place."""
-        known = None if self.prior_bounds is None else self.prior_bounds[m]
+        known = None if self.known_bounds is None else self.known_bounds[m]
         if self.problem.activation == "exp":
             bound = log1p_exp(float(z.amax())) if known is None else known
             if not bound < self.limit:  # also for nan
                 return Block(z, LOG, bound)
-            return Block(z.exp_(), LINEAR, bound)
+            return Block(exp_(z) if self.may_underflow else z.exp_(), LINEAR, bound)
         e = softplus(z) if self.problem.activation == "softplus" else z.relu_()
         v = e.div_(self.problem.prior_weight)
         return Block(v, LINEAR, math.log1p(float(v.amax())) if known is None else known)
@@ -179,7 +201,8 @@ class Fusion:
         elif self.linear is not None and self.linear.bound + block.bound > self.limit:
             self._retire()
         if self.linear is None:
-            self.out.copy_(v)
+            if v.data_ptr() != self.out.data_ptr():
+                self.out.copy_(v)
             self.linear = Block(self.out, LINEAR, block.bound)
             return
         if self.dempster:
