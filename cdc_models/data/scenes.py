@@ -57,9 +57,11 @@ def compose_scenes(
 
     scene = _background(art, size, hardness, draw)
     for _ in range(2):
-        present = draw.happens(0.35 * hardness)
-        other = _place(art.roll(int(draw.integer(1, max(len(art), 2))), 0), size, draw, (0.2, 0.4), 1.0, border=True)
-        scene = _over(other * present, scene)
+        present = draw.happens(0.35 * hardness).flatten().nonzero().flatten()
+        other = art.roll(int(draw.integer(1, max(len(art), 2))), 0)[present]
+        if len(present):
+            placed = _place(other, size, draw.of(len(present)), (0.2, 0.4), 1.0, border=True)
+            scene[present] = _over(placed, scene[present])
     extent = (0.95 - 0.45 * hardness, 0.95 + 0.1 * hardness)
     scene = _over(_place(art, size, draw, extent, hardness), scene)
     scene = _occlude(scene, hardness, draw)
@@ -72,6 +74,10 @@ class _Draw:
 
     def __init__(self, batch: int, generator: torch.Generator | None) -> None:
         self.batch, self.generator = batch, generator
+
+    def of(self, batch: int) -> _Draw:
+        """The same stream for another number of scenes."""
+        return _Draw(batch, self.generator)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         shape = shape or (1, 1, 1)

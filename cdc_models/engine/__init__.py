@@ -1,1 +1,19 @@
+"""Training, calibration, evaluation and adapter files."""
 
+from cdc_models.engine.adapters import load_adapter, save_adapter
+from cdc_models.engine.calibrate import calibrate
+from cdc_models.engine.evaluate import Evaluation, Features, evaluate, extract_features
+from cdc_models.engine.fit import FitResult, fit, learning_rate
+
+__all__ = [
+    "Evaluation",
+    "Features",
+    "FitResult",
+    "calibrate",
+    "evaluate",
+    "extract_features",
+    "fit",
+    "learning_rate",
+    "load_adapter",
+    "save_adapter",
+]

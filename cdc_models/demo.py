@@ -1,0 +1,183 @@
+"""`cdc demo`: zero-shot CLIP, CoOp, MaPLe and CDC on the bundled benchmark, as a table and pictures."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cdc_models import report
+from cdc_models.clip import ClipBackbone, load_clip
+from cdc_models.data import emoji_benchmark, test_transform
+from cdc_models.data.emoji import TASKS
+from cdc_models.engine import calibrate
+from cdc_models.experiment import ABLATIONS, SETTINGS, Results, Run, _Batches, compare, train_one
+from cdc_models.methods import CDC
+
+__all__ = ["demo"]
+
+
+def demo(
+    out: Path = Path("runs/demo"),
+    splits: int = 3,
+    seeds: int = 1,
+    shots: int = 16,
+    task: str = "artist",
+    ablation: bool = False,
+    partition: str = "test",
+    methods: list[str] | None = None,
+) -> dict[str, Any]:
+    """Adapt the bundled CLIP with every method and show what each is worth.
+
+    Args:
+        out: folder for results.jsonl (finished runs: a second call goes on from them), summary.json, table.md
+            and the pictures.
+        splits: how many of the five class splits.
+        seeds: draws of shots per split; run i of split s uses seed s * seeds + i + 1.
+        shots: training images per base class.
+        task: "artist" (shots by the artist of the test images) or "transfer" (shots by other artists).
+        ablation: CDC with each of its parts switched off, instead of the methods.
+        partition: "test", or "validation" to choose hyper-parameters on.
+        methods: only these rows of the table.
+
+    Returns:
+        The summary that is written to summary.json.
+
+    Raises:
+        ValueError: for counts or names out of range.
+    """
+    console = Console()
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {TASKS}, got {task!r}")
+    if not 1 <= splits <= (5 if partition == "test" else 2) or seeds < 1:
+        raise ValueError(f"splits, seeds: expected 1 to 5 splits (validation: 2) and seeds >= 1, got {splits}, {seeds}")
+    settings = ABLATIONS if ablation else SETTINGS
+    if methods is not None:
+        if unknown := sorted(set(methods) - set(settings)):
+            raise ValueError(f"methods: unknown {unknown}; known are {list(settings)}")
+        settings = {label: settings[label] for label in methods}
+    reference = next(iter(settings))
+    started = time.perf_counter()
+    backbone = load_clip("bundled")
+    runs = [Run(split, split * seeds + i + 1, task, partition, shots) for split in range(splits) for i in range(seeds)]
+    results = Results(out / "results.jsonl", backbone.fingerprint)
+    columns = (
+        TextColumn("{task.description:46s}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        everything = bar.add_task("", total=len(runs) * len(settings))
+
+        @contextmanager
+        def progress(label: str, run: Run, known: bool) -> Iterator[None]:
+            note = " (already done)" if known else ""
+            bar.update(everything, description=f"split {run.split} seed {run.seed}: {label}{note}")
+            yield
+            bar.advance(everything)
+
+        try:
+            rows = compare(settings, runs, backbone, results, progress=progress)
+        except KeyboardInterrupt:
+            bar.stop()
+            console.print(f"Interrupted. Finished runs are in {results.path}; the same command goes on from there.")
+            raise SystemExit(130) from None
+
+    summary: dict[str, Any] = {
+        "title": _title(task, partition, splits, seeds, shots),
+        "command": "cdc " + " ".join(sys.argv[1:]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "open_clip": open_clip.__version__,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        },
+        "backbone": backbone.fingerprint,
+        "settings": {label: asdict(setting) for label, setting in settings.items()},
+        "rows": report.summarise(rows, reference),
+        "seconds": time.perf_counter() - started,
+    }
+    table, markdown = report.tables(summary["rows"], reference, summary["title"])
+    console.print(table)
+    console.print(
+        "base, new, H: accuracy in %, ± deviation over runs.  H − …: paired by class split, ± 95 % interval.  "
+        "ECE: calibration error on base classes, before and after fitting temperature or evidence head on 4 further "
+        "shots a class.  AURC: risk over coverage, lower is better.  unknown AUROC: new classes' images among base "
+        "classes' images, told apart by uncertainty.",
+        style="dim",
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (out / "table.md").write_text(markdown + "\n")
+    pictures = [out / "accuracy.png", out / "reliability.png", out / "coverage.png"]
+    report.plot_bars(summary["rows"], pictures[0], summary["title"])
+    report.plot_reliability(rows, pictures[1])
+    report.plot_coverage(rows, pictures[2])
+    if "CDC" in settings:
+        with console.status("drawing examples"):
+            report.plot_sheet(_examples(backbone, runs[0]), out / "examples.png")
+        pictures.append(out / "examples.png")
+    console.print(
+        f"{summary['seconds']:.0f} s.  JSON, table and pictures are in {out}/: {', '.join(p.name for p in pictures)}"
+    )
+    return summary
+
+
+def _title(task: str, partition: str, splits: int, seeds: int, shots: int) -> str:
+    what = {"artist": "seen concepts, unseen artist", "transfer": "shots by other unseen artists"}[task]
+    return f"{what}; {shots} shots, {splits} class splits x {seeds} draws" + (
+        "" if partition == "test" else f" ({partition} classes)"
+    )
+
+
+def _examples(backbone: ClipBackbone, run: Run) -> list[dict[str, Any]]:
+    """Surely right, surely wrong, unsure, and images of unknown classes, as CDC sees them."""
+    data = emoji_benchmark(run.split, run.seed, task=run.task, partition=run.partition, shots=run.shots)
+    model = train_one(SETTINGS["CDC"], run, backbone, progress=False)
+    assert isinstance(model, CDC)
+    transform = test_transform(backbone)
+    calibrate(model, _Batches(data.val, transform, 200))
+    examples: list[dict[str, Any]] = []
+    for known, test in ((True, data.base_test), (False, data.new_test)):
+        images = torch.stack([transform(image) for image in test.images[::4]])
+        with torch.no_grad():
+            features = model.image_features(images)
+            said = model.predict_features(features, model.cached_text_features())
+            each = model.template_prob(features).max(-1)
+        truths = [test.classes[i] for i in test.targets[::4].tolist()]
+        order = said.uncertainty.argsort().tolist()
+        right = [i for i in order if known and said.labels()[i] == truths[i]]
+        wrong = [i for i in order if known and said.labels()[i] != truths[i]]
+        chosen = right[:2] + right[-2:] + wrong[:2] + wrong[-2:] if known else order[:2] + order[-2:]
+        belief = said.belief if said.belief is not None else said.prob
+        for i in chosen:
+            examples.append(
+                {
+                    "image": test.images[4 * i],
+                    "truth": truths[i],
+                    "known": known,
+                    "predicted": said.labels()[i],
+                    "belief": float(belief[i, said.classes[i]]),
+                    "uncertainty": float(said.uncertainty[i]),
+                    "templates": [
+                        (model.class_names[k], float(p))
+                        for k, p in zip(each.indices[i].tolist(), each.values[i].tolist(), strict=True)
+                    ],
+                }
+            )
+    return examples

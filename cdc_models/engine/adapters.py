@@ -1,0 +1,133 @@
+"""Adapter files: what was learned, and the facts that must fit when it is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cdc_models.clip import ClipBackbone
+from cdc_models.methods import METHODS
+from cdc_models.methods.base import Method
+
+__all__ = ["AdapterError", "load_adapter", "save_adapter"]
+
+FORMAT = 1
+
+
+class AdapterError(ValueError):
+    """An adapter file that cannot be read, or does not fit the backbone or the classes."""
+
+
+def _learned_state(model: Method) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in model.state_dict().items() if not n.startswith("backbone.")}
+
+
+def _library_version() -> str:
+    try:
+        return version("cdc-ops")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
+
+
+def save_adapter(model: Method, path: str | os.PathLike[str], summary: dict[str, Any] | None = None) -> Path:
+    """Write what a method has learned, and nothing of the backbone, as one safetensors file.
+
+    Its metadata names the method and its options, the backbone with the hash of its weights, and the classes.
+    The file is written beside its place, flushed and renamed: an existing adapter survives a failure.
+
+    Args:
+        model: a trained method.
+        path: file to write; its folder must exist.
+        summary: anything JSON can hold, such as epochs and accuracy.
+
+    Returns:
+        The path written.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    path = Path(path)
+    metadata = {
+        "format": str(FORMAT),
+        "library": f"cdc-ops {_library_version()}",
+        "method": model.name,
+        "options": json.dumps(model.options),
+        "backbone": json.dumps({"name": model.backbone.name, "pretrained": model.backbone.pretrained}),
+        "fingerprint": model.backbone.fingerprint,
+        "classes": json.dumps(list(model.class_names)),
+        "summary": json.dumps(summary or {}),
+    }
+    beside = path.with_name(path.name + ".part")
+    try:
+        save_file({n: t.detach().cpu().contiguous() for n, t in _learned_state(model).items()}, beside, metadata)
+        with beside.open("rb") as handle:
+            os.fsync(handle.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def load_adapter(
+    path: str | os.PathLike[str], backbone: ClipBackbone, class_names: Sequence[str] | None = None
+) -> Method:
+    """Read an adapter onto the backbone it was trained on.
+
+    Args:
+        path: file written by `save_adapter`.
+        backbone: the same architecture and weights; checked by hash.
+        class_names: other classes to use the learned prompts for; None takes those it was trained on.
+
+    Raises:
+        FileNotFoundError: no such file.
+        AdapterError: not an adapter, damaged, of an unknown method, for another backbone or other tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
+
+    missing = [k for k in ("format", "method", "options", "fingerprint", "classes", "backbone") if k not in metadata]
+    if missing:
+        raise AdapterError(f"{path} is not an adapter of this library: its metadata lacks {', '.join(missing)}")
+    if metadata["format"] != str(FORMAT):
+        raise AdapterError(f"{path} has adapter format {metadata['format']!r}, this library reads format {FORMAT}")
+    if metadata["method"] not in METHODS:
+        raise AdapterError(f"{path} is for method {metadata['method']!r}; known are {sorted(METHODS)}")
+    try:
+        options, trained_on, origin = (json.loads(metadata[k]) for k in ("options", "classes", "backbone"))
+        label = f"{origin['name']} (weights: {origin['pretrained']})"
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise AdapterError(f"{path} has damaged metadata: {error}") from error
+    if metadata["fingerprint"] != backbone.fingerprint:
+        raise AdapterError(
+            f"{path} was trained on {label}, hash {metadata['fingerprint'][:12]}; the backbone given is "
+            f"{backbone.name} (weights: {backbone.pretrained}), hash {backbone.fingerprint[:12]}"
+        )
+    try:
+        model = METHODS[metadata["method"]](backbone, trained_on, **options)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{path} has options or classes that this library refuses: {error}") from error
+    expected = _learned_state(model)
+    shapes = {n: tuple(t.shape) for n, t in expected.items()}
+    found = {n: tuple(t.shape) for n, t in tensors.items()}
+    if shapes != found:
+        raise AdapterError(f"{path} holds tensors {found}, its options ask for {shapes}")
+    if bad := [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]:
+        raise AdapterError(f"{path} holds values that are not finite in {', '.join(bad)}")
+    model.load_state_dict(tensors, strict=False)
+    model = model.to(backbone.device).eval()
+    return model if class_names is None else model.with_classes(class_names)

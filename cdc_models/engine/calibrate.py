@@ -1,0 +1,47 @@
+"""Fit how sure a method is on held-out shots: one temperature, or the evidence head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cdc_models.engine.evaluate import Labelled, extract_features
+from cdc_models.methods.base import Method
+
+__all__ = ["calibrate"]
+
+
+def calibrate(model: Method, loader: Labelled, *, max_iter: int = 100) -> float:
+    """Fit the few numbers that say how sure a method is, by likelihood on images it was not trained on.
+
+    Softmax methods fit one temperature (Guo et al., ICML 2017), CDC the scale and bias of each template's
+    evidence, by the negative log of the expected class probability. The prompts stay as they are. The images
+    pass through the towers once; the fit itself (L-BFGS) takes milliseconds.
+
+    Args:
+        model: any method. Changed in place.
+        loader: yields (images, targets), such as four held-out shots per class; or features of them.
+        max_iter: L-BFGS iterations.
+
+    Returns:
+        Mean negative log-likelihood after the fit.
+
+    Raises:
+        ValueError: for an empty loader.
+    """
+    features = extract_features(model, loader, progress=False)
+    targets = features.targets.to(features.image.device)
+    parameters, negative_log_likelihood = model.calibration(features.image, model.cached_text_features(), targets)
+    if not parameters:
+        return float(negative_log_likelihood().detach())
+    optimizer = torch.optim.LBFGS(parameters, max_iter=max_iter, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = negative_log_likelihood()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return float(negative_log_likelihood())

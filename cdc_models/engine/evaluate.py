@@ -1,0 +1,176 @@
+"""Evaluation: how often a method is right, and whether it knows when it is not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass, fields
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
+
+from cdc_models.methods.base import Method
+
+__all__ = ["Evaluation", "Features", "area_under_risk_coverage", "evaluate", "extract_features"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy, calibration and the worth of the uncertainty on one labelled set.
+
+    Attributes:
+        accuracy: part of right answers, in [0, 1].
+        ece: expected calibration error of the largest probability, 15 equal bins, l1 (Guo et al., ICML 2017).
+        brier: sum over classes of squared error, mean over images, in [0, 2] (Brier 1950).
+        aurc: area under the risk-coverage curve when the most uncertain are refused first; lower is better
+            (Geifman et al., ICLR 2019).
+        uncertainty_right, uncertainty_wrong: mean uncertainty of right and of wrong answers (nan if there are none).
+        unknown_auroc: how well uncertainty tells images of unknown classes from known ones, both shown to the
+            same K-class classifier; 0.5 is chance; None if no unknown images were given.
+        count: number of images. seconds: wall time.
+        prob [N, K], uncertainty [N], targets [N]: the records, on the CPU, for plots.
+    """
+
+    accuracy: float
+    ece: float
+    brier: float
+    aurc: float
+    uncertainty_right: float
+    uncertainty_wrong: float
+    unknown_auroc: float | None
+    count: int
+    seconds: float
+    prob: Tensor
+    uncertainty: Tensor
+    targets: Tensor
+
+    def numbers(self) -> dict[str, float | int | None]:
+        """The figures without the records, for JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("prob", "uncertainty", "targets")}
+
+
+def area_under_risk_coverage(uncertainty: Tensor, correct: Tensor) -> float:
+    """Mean over coverages of the error among the least uncertain part.
+
+    Args:
+        uncertainty: [N], any real numbers. correct: bool [N].
+
+    Images of equal uncertainty are refused together: each counts with the mean error of its group, so the order
+    in which ties arrive does not matter.
+
+    Source: Geifman, Uziel, El-Yaniv, "Bias-Reduced Uncertainty Estimation", ICLR 2019.
+
+    Example:
+        >>> area_under_risk_coverage(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([True, True, False]))
+        0.1111111111111111
+    """
+    values, group = torch.unique(uncertainty.double(), return_inverse=True)
+    wrong = torch.zeros(len(values), dtype=torch.float64).index_add_(0, group, (~correct).double())
+    size = torch.zeros(len(values), dtype=torch.float64).index_add_(0, group, torch.ones_like(uncertainty).double())
+    smoothed = (wrong / size)[group][uncertainty.argsort()]
+    return float((smoothed.cumsum(0) / torch.arange(1, len(smoothed) + 1)).mean())
+
+
+@dataclass(frozen=True)
+class Features:
+    """Image features of a whole set, so that several evaluations pass through the image tower once.
+
+    Attributes:
+        image: [N, D], or [N, M, D] where templates have their own.
+        targets: int64 [N].
+    """
+
+    image: Tensor
+    targets: Tensor
+
+
+Labelled = Iterable[tuple[Tensor, Tensor]] | Features
+"""Images with targets: a loader, or features taken from one."""
+
+
+@torch.no_grad()
+def extract_features(model: Method, loader: Labelled, *, progress: bool = True, what: str = "images") -> Features:
+    """Image features of everything a loader yields; features are passed through.
+
+    They stay valid for the same image prompts: after `calibrate`, and for `with_classes`.
+
+    Raises:
+        ValueError: for an empty loader.
+    """
+    if isinstance(loader, Features):
+        return loader
+    model.eval()
+    total = len(loader) if isinstance(loader, Sized) else None
+    batches = track(loader, f"reading {what}", total=total, transient=True) if progress else loader
+    pairs = [(model.image_features(x.to(model.backbone.device)).float(), torch.as_tensor(y)) for x, y in batches]
+    if not pairs:
+        raise ValueError(f"loader: expected at least one batch of {what}, got none")
+    return Features(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
+
+
+@torch.no_grad()
+def _predict_all(model: Method, features: Features, batch: int = 1024) -> tuple[Tensor, Tensor]:
+    """Probabilities [N, K] and uncertainty [N], on the CPU."""
+    text = model.cached_text_features()
+    said = [model.predict_features(x, text) for x in features.image.split(batch)]
+    return torch.cat([p.prob.float().cpu() for p in said]), torch.cat([p.uncertainty.float().cpu() for p in said])
+
+
+def evaluate(
+    model: Method,
+    loader: Labelled,
+    *,
+    unknown: Labelled | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate a method on labelled images and, if given, its reaction to images of unknown classes.
+
+    Args:
+        model: a method over the classes that the targets count.
+        loader: yields (images [B, 3, H, W], targets [B]); or features from `extract_features`.
+        unknown: likewise, images of none of the model's classes; their targets are not looked at.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: for an empty loader, or targets outside [0, K).
+    """
+    started = time.perf_counter()
+    model.eval()
+    features = extract_features(model, loader, progress=progress, what="images of known classes")
+    prob, uncertainty = _predict_all(model, features)
+    targets = features.targets.cpu()
+    count = prob.shape[1]
+    if int(targets.min()) < 0 or int(targets.max()) >= count:
+        raise ValueError(
+            f"targets: expected class indices in [0, {count}), got {int(targets.min())} to {int(targets.max())}"
+        )
+    correct = prob.argmax(-1) == targets
+    auroc = None
+    if unknown is not None:
+        strangers = extract_features(model, unknown, progress=progress, what="images of unknown classes")
+        _, unknown_uncertainty = _predict_all(model, strangers)
+        score = torch.cat([uncertainty, unknown_uncertainty])
+        is_unknown = torch.cat([torch.zeros(len(uncertainty)), torch.ones(len(unknown_uncertainty))]).long()
+        # AUROC asks for the order only; ranks keep differences that float32 scores near 0 or 1 would lose.
+        ranks = torch.unique(score.double(), return_inverse=True)[1].double()
+        auroc = float(binary_auroc(ranks / max(float(ranks.max()), 1.0), is_unknown))
+    ece = 0.0
+    if count > 1:
+        ece = float(multiclass_calibration_error(prob, targets, num_classes=count, n_bins=15, norm="l1"))
+    one_hot = torch.nn.functional.one_hot(targets, count)
+    return Evaluation(
+        accuracy=float(correct.double().mean()),
+        ece=ece,
+        brier=float((prob.double() - one_hot).square().sum(-1).mean()),
+        aurc=area_under_risk_coverage(uncertainty, correct),
+        uncertainty_right=float(uncertainty[correct].double().mean()),
+        uncertainty_wrong=float(uncertainty[~correct].double().mean()),
+        unknown_auroc=auroc,
+        count=len(targets),
+        seconds=time.perf_counter() - started,
+        prob=prob,
+        uncertainty=uncertainty,
+        targets=targets,
+    )

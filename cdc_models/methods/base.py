@@ -1,0 +1,202 @@
+"""What every method shares: classes, cached text features, a loss and a prediction."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdc_models.clip import ClipBackbone
+from cdc_models.clip.text_tower import ClassTokens, tokenize_classes
+
+__all__ = ["Method", "Prediction", "SoftmaxMethod", "zero_shot_features"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a method says about B images.
+
+    Attributes:
+        classes: most probable class, int64 [B].
+        prob: class probabilities, [B, K]; rows sum to one.
+        uncertainty: how far to distrust the answer, [B], in [0, 1]. Vacuity (Dirichlet uncertainty) for methods
+            that give opinions, one minus the largest probability for methods that end in a softmax.
+        belief: evidence-backed belief of every class, [B, K], or None for softmax methods.
+        prompt_uncertainty: vacuity of each template's own opinion, [B, M], or None.
+        conflict: how far the templates contradict each other, [B], or None.
+        names: the K class names.
+    """
+
+    classes: Tensor
+    prob: Tensor
+    uncertainty: Tensor
+    names: tuple[str, ...]
+    belief: Tensor | None = None
+    prompt_uncertainty: Tensor | None = None
+    conflict: Tensor | None = None
+
+    def labels(self) -> list[str]:
+        """The predicted class names."""
+        return [self.names[i] for i in self.classes.tolist()]
+
+
+def zero_shot_features(backbone: ClipBackbone, names: Sequence[str], template: str) -> Tensor:
+    """Unnormalised text features [K, D] of hand-crafted prompts."""
+    with torch.no_grad():
+        return backbone.encode_text(backbone.tokenize([template.format(n.replace("_", " ")) for n in names])).float()
+
+
+class Method(nn.Module):
+    """A CLIP adapter: text features for templates, a loss for training, a prediction.
+
+    Subclasses implement `text_features`, `image_features`, `loss` and `predict_features`, and list the options
+    that a saved adapter must remember in `options`. `text_features` is differentiable; evaluation reuses its
+    last result until a parameter changes.
+
+    Args:
+        backbone: the frozen CLIP.
+        class_names: the K classes.
+    """
+
+    name: ClassVar[str]
+    options: dict[str, Any]
+    backbone: ClipBackbone
+    classes: ClassTokens
+
+    def __init__(self, backbone: ClipBackbone, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classes = tokenize_classes(backbone, class_names)
+        self.options = {}
+        self._text_cache: tuple[Any, Tensor] | None = None
+
+    # -- what a subclass says ---------------------------------------------------------------------------------
+
+    def text_features(self) -> Tensor:
+        """Text features of every template and class, [M, K, D], unnormalised, differentiable."""
+        raise NotImplementedError
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Image features [B, D], or [B, M, D] where templates have their own, unnormalised."""
+        raise NotImplementedError
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Training loss, a scalar, of images [B, 3, H, W] with integer targets [B]."""
+        raise NotImplementedError
+
+    def predict_features(self, image: Tensor, text: Tensor) -> Prediction:
+        """Prediction from image features [B, D] or [B, M, D] and text features [M, K, D]."""
+        raise NotImplementedError
+
+    def _changed_classes(self) -> None:
+        """Called on the copy that `with_classes` returns, for what depends on the classes."""
+
+    # -- what every method has --------------------------------------------------------------------------------
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes.names
+
+    def learned_parameters(self) -> dict[str, nn.Parameter]:
+        """What training changes, by name; the frozen backbone has no part in it."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad and not n.startswith("backbone.")}
+
+    def with_classes(self, names: Sequence[str]) -> Self:
+        """The same learned prompts over other classes, without retraining.
+
+        The copy shares its parameters with the original.
+
+        Raises:
+            ValueError: empty, duplicate or too long names.
+        """
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other._parameters = dict(self._parameters)
+        other._buffers = dict(self._buffers)
+        other.classes = tokenize_classes(self.backbone, names)
+        other._text_cache = None
+        other._changed_classes()
+        return other
+
+    def cached_text_features(self) -> Tensor:
+        """`text_features` without gradient, computed again only after a parameter has changed."""
+        key = tuple((p.data_ptr(), p._version, p.device) for p in self.parameters())
+        if self._text_cache is None or self._text_cache[0] != key:
+            with torch.no_grad():
+                self._text_cache = (key, self.text_features().float())
+        return self._text_cache[1]
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Prediction:
+        """Classify images [B, 3, H, W], preprocessed as `backbone.preprocess` does.
+
+        Raises:
+            ValueError: for images of another shape, integer or non-finite images.
+        """
+        return self.predict_features(self.image_features(images).float(), self.cached_text_features())
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """What an optimiser should update, in torch's parameter groups; `lr_scale` multiplies the learning rate."""
+        return [{"params": list(self.learned_parameters().values()), "weight_decay": weight_decay}]
+
+    def calibration(self, image: Tensor, text: Tensor, targets: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        """The numbers that `calibrate` fits, and the mean negative log-likelihood as a function of them."""
+        raise NotImplementedError
+
+    def check_targets(self, images: Tensor, targets: Tensor) -> None:
+        """One clear sentence for targets that do not fit the images or the classes."""
+        count = len(self.class_names)
+        if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+            raise ValueError(f"targets: expected integer class indices, got {targets.dtype}")
+        if targets.ndim != 1 or len(targets) != len(images):
+            raise ValueError(f"targets: expected shape [{len(images)}] to match images, got {tuple(targets.shape)}")
+        if targets.numel() == 0:
+            raise ValueError("targets: expected at least one image to train on, got an empty batch")
+        if int(targets.min()) < 0 or int(targets.max()) >= count:
+            raise ValueError(
+                f"targets: expected class indices in [0, {count}), got {int(targets.min())} to {int(targets.max())}"
+            )
+
+
+class SoftmaxMethod(Method):
+    """Methods whose answer is CLIP's own: softmax of scaled cosines, averaged over templates in feature space."""
+
+    temperature: Tensor
+
+    def __init__(self, backbone: ClipBackbone, class_names: Sequence[str]) -> None:
+        super().__init__(backbone, class_names)
+        # 1 keeps CLIP's scale; `calibrate` may fit it on held-out shots. Not trained with the prompts.
+        self.register_buffer("temperature", torch.tensor(1.0))
+
+    def logits(self, image: Tensor, text: Tensor) -> Tensor:
+        """Scaled cosines [B, K] of image features [B, D] or [B, 1, D] and text features [M, K, D]."""
+        prototype = F.normalize(F.normalize(text.float(), dim=-1).mean(0), dim=-1)
+        x = F.normalize(image.float(), dim=-1)
+        x = x.squeeze(1) if x.ndim == 3 else x
+        logits = self.backbone.scale.float() * x @ prototype.T
+        return logits if self.backbone.bias is None else logits + self.backbone.bias.float()
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        self.check_targets(images, targets)
+        return F.cross_entropy(self.logits(self.image_features(images), self.text_features()), targets)
+
+    def calibration(self, image: Tensor, text: Tensor, targets: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        logits = self.logits(image, text).detach()
+        log_temperature = torch.zeros((), device=logits.device, requires_grad=True)
+
+        def negative_log_likelihood() -> Tensor:
+            with torch.no_grad():
+                self.temperature.copy_(log_temperature.exp())
+            return F.cross_entropy(logits / log_temperature.exp(), targets)
+
+        return [log_temperature], negative_log_likelihood
+
+    def predict_features(self, image: Tensor, text: Tensor) -> Prediction:
+        prob = (self.logits(image, text) / self.temperature).softmax(-1)
+        top, classes = prob.max(-1)
+        return Prediction(classes=classes, prob=prob, uncertainty=(1 - top).clamp(0, 1), names=self.class_names)

@@ -1,0 +1,268 @@
+"""CDC: several learned templates, kept apart, each with an opinion; their fusion knows when it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdc_models.clip import ClipBackbone, encode_prompted_image, encode_prompted_text
+from cdc_models.data.transforms import Views
+from cdc_models.methods.base import Method, Prediction, zero_shot_features
+from cdc_models.prompts import CoupledPrompts, PromptContext
+from cdc_ops import (
+    EvidenceHead,
+    FusedOpinion,
+    Opinion,
+    consistency_loss,
+    decoupling_loss,
+    evidential_cross_entropy,
+)
+from cdc_ops.evidence import log_ratio_from_logits
+
+__all__ = ["CDC", "DEFAULT_VIEWS"]
+
+DEFAULT_VIEWS = ("none", "colour", "rotation", "blur")
+
+
+class CDC(Method):
+    """Causality-guided semantic decoupling and classification.
+
+    Three parts, each of which can be switched off alone:
+
+    - **VSD**, dual semantic decoupling: template m is trained on its own augmentation of the image (`views`),
+      and `weight_de` pushes its text features away from the other templates' of the same class.
+    - **DSTC**, trusted classification (`trusted`): every template gives an opinion, Dempster's rule fuses them,
+      the trusted cross-entropy trains them. Off: softmax cross-entropy of each template, probabilities averaged.
+    - Consistency (`weight_con`): every template must stay recognisable among hand-crafted features.
+
+    The objective is ``L_t-ce + weight_de * L_de + weight_con * L_con``. **Our reading** of the paper, whose
+    equations were not at hand: the forms of L_de and L_con, the set of augmentations, the evidence head (a scale
+    and a bias per template, learned; CLIP's own scale makes every opinion certain) and all weights.
+
+    Args:
+        backbone: a CLIP that takes prompts in the text tower, and in the image tower with `image_prompts`.
+        class_names: the K classes.
+        n_templates: M.
+        n_ctx: prompt vectors per layer and template.
+        depth: layers with prompts of their own (with `image_prompts`; text-only prompts are shallow).
+        words: what the templates start from, one text or one per template.
+        hand_crafted: template t^0, fixed, the anchor of the consistency loss.
+        views: augmentation of each template, see `Views`; None trains every template on the same image.
+        weight_de, weight_con: weights of the decoupling and the consistency loss; 0 switches them off.
+        temperature: of the consistency loss.
+        trusted: DSTC on or off.
+        evidence_head: whether scale and bias of the evidence are learned.
+        image_prompts: False learns text prompts only; the image side is zero-shot CLIP's.
+        activation, rule, form, kl_weight: see `evidential_cross_entropy`.
+        noise: deviation added to each template's start, so that templates that start from one text differ.
+        seed: of the random start.
+
+    Raises:
+        ValueError: for a backbone that takes no prompts, a depth it does not have, unknown views, names too long.
+
+    Source: CDC (Zhang, Li, Liu, Qiang, NeurIPS 2024, arXiv 2410.12816); coupled prompts: MaPLe; opinions and
+    their fusion: Trusted Multi-View Classification (Han et al., ICLR 2021).
+
+    Example:
+        >>> from cdc_models import CDC, load_clip
+        >>> model = CDC(load_clip("bundled"), ["dog", "teapot"], depth=3)
+        >>> model.text_features().shape
+        torch.Size([4, 2, 128])
+    """
+
+    name = "cdc"
+
+    def __init__(
+        self,
+        backbone: ClipBackbone,
+        class_names: Sequence[str],
+        n_templates: int = 4,
+        n_ctx: int = 2,
+        depth: int = 9,
+        words: str | Sequence[str] | None = "a photo of a",
+        hand_crafted: str = "a photo of a {}.",
+        views: Sequence[str] | None = DEFAULT_VIEWS,
+        weight_de: float = 0.1,
+        weight_con: float = 1.0,
+        temperature: float = 0.02,
+        trusted: bool = True,
+        evidence_head: bool = True,
+        image_prompts: bool = True,
+        activation: str = "exp",
+        rule: str = "dempster",
+        form: str = "digamma",
+        kl_weight: float = 0.0,
+        noise: float = 0.02,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(backbone, class_names)
+        if views is not None and len(views) != n_templates:
+            raise ValueError(f"views: expected one augmentation per template ({n_templates}), got {list(views)}")
+        if hand_crafted.count("{}") != 1:
+            raise ValueError(f"hand_crafted: expected exactly one '{{}}', got {hand_crafted!r}")
+        for argument, value in (("weight_de", weight_de), ("weight_con", weight_con)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{argument}: expected a finite number >= 0, got {value}")
+        self.options = {
+            "n_templates": n_templates,
+            "n_ctx": n_ctx,
+            "depth": depth,
+            "words": words if words is None or isinstance(words, str) else list(words),
+            "hand_crafted": hand_crafted,
+            "views": None if views is None else list(views),
+            "weight_de": weight_de,
+            "weight_con": weight_con,
+            "temperature": temperature,
+            "trusted": trusted,
+            "evidence_head": evidence_head,
+            "image_prompts": image_prompts,
+            "activation": activation,
+            "rule": rule,
+            "form": form,
+            "kl_weight": kl_weight,
+            "noise": noise,
+            "seed": seed,
+        }
+        self.hand_crafted, self.weight_de, self.weight_con = hand_crafted, weight_de, weight_con
+        self.consistency_temperature, self.trusted = temperature, trusted
+        self.form, self.kl_weight = form, kl_weight
+        generator = torch.Generator().manual_seed(seed)
+        self.prompts: CoupledPrompts | PromptContext
+        if image_prompts:
+            self.prompts = CoupledPrompts(
+                backbone, n_ctx, depth, n_templates, words=words, noise=noise, generator=generator
+            )
+        else:
+            backbone.require_promptable_text()
+            self.prompts = PromptContext(backbone, n_ctx, n_templates, words=words, noise=noise, generator=generator)
+        self.views = None if views is None else Views(views, backbone.image_mean, backbone.image_std)
+        # A cosine of a quarter, about what CLIP gives to a caption that does not fit, starts at evidence 1.
+        scale = float(backbone.scale)
+        self.head = EvidenceHead(
+            n_templates,
+            scale=scale,
+            bias=-scale / 4 if evidence_head else 0.0,
+            activation=activation,
+            rule=rule,
+            learn_scale=evidence_head,
+            learn_bias=evidence_head,
+        )
+        self._anchor: Tensor | None = None
+
+    def _changed_classes(self) -> None:
+        self._anchor = None
+
+    @property
+    def anchor(self) -> Tensor:
+        """Features of t^0, the hand-crafted template, [K, D]; fixed."""
+        if self._anchor is None or self._anchor.device != self.backbone.device:
+            self._anchor = zero_shot_features(self.backbone, self.class_names, self.hand_crafted)
+        return self._anchor
+
+    def text_features(self) -> Tensor:
+        if isinstance(self.prompts, PromptContext):
+            return encode_prompted_text(self.backbone, self.classes, self.prompts())
+        context, deep = self.prompts.text()
+        return encode_prompted_text(self.backbone, self.classes, context, deep=deep)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """[B, M, D] of images [B, 3, H, W] or views [B, M, 3, H, W]; [B, D] of images without image prompts."""
+        if isinstance(self.prompts, CoupledPrompts):
+            context, deep = self.prompts.image()
+            return encode_prompted_image(self.backbone, images, context, deep=deep)
+        with torch.no_grad():
+            if images.ndim == 4:
+                return self.backbone.encode_image(images)
+            return self.backbone.encode_image(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Objective of images [B, 3, H, W], or of ready-made views [B, M, 3, H, W], with targets [B]."""
+        self.check_targets(images, targets)
+        if self.views is not None and images.ndim == 4:
+            images = self.views(images)
+        x, t = self.image_features(images), self.text_features()
+        if self.trusted:
+            loss = evidential_cross_entropy(
+                x,
+                t,
+                targets,
+                scale=self.head.scale,
+                bias=self.head.bias,
+                activation=self.head.activation,
+                rule=self.head.rule,
+                form=self.form,
+                kl_weight=self.kl_weight,
+            )
+        else:
+            loss = F.cross_entropy(self._logits(x, t).flatten(0, 1), targets.repeat_interleave(len(t)))
+        if self.weight_de and len(t) > 1:
+            loss = loss + self.weight_de * decoupling_loss(t)
+        if self.weight_con:
+            loss = loss + self.weight_con * consistency_loss(t, self.anchor, self.consistency_temperature)
+        return loss
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        # Decay would pull the evidence head towards scale 1, which means nothing.
+        learned = self.learned_parameters()
+        head = [p for n, p in learned.items() if n.startswith("head.")]
+        prompts = [p for n, p in learned.items() if not n.startswith("head.")]
+        return [{"params": prompts, "weight_decay": weight_decay}, {"params": head, "weight_decay": 0.0}]
+
+    def calibration(self, image: Tensor, text: Tensor, targets: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        def negative_log_likelihood() -> Tensor:
+            if not self.trusted:
+                prob = self._logits(image, text).softmax(-1).mean(1)
+                return F.nll_loss(prob.clamp_min(torch.finfo(prob.dtype).tiny).log(), targets)
+            return evidential_cross_entropy(
+                image,
+                text,
+                targets,
+                scale=self.head.scale,
+                bias=self.head.bias,
+                activation=self.head.activation,
+                rule=self.head.rule,
+                form="log",  # ln S - ln alpha_y is the negative log of the expected probability of y
+                prompt_weight=0.0,
+            )
+
+        return list(self.head.parameters()), negative_log_likelihood
+
+    def _logits(self, image: Tensor, text: Tensor) -> Tensor:
+        """Logits of every template, [B, M, K]."""
+        x, t = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        x = x.unsqueeze(1) if x.ndim == 2 else x
+        return (
+            self.head.scale[:, None] * torch.einsum("bmd,mkd->bmk", x.expand(-1, len(t), -1), t)
+            + (self.head.bias[:, None])
+        )
+
+    def opinion(self, image: Tensor, text: Tensor | None = None) -> FusedOpinion:
+        """The fused opinion of image features [B, D] or [B, M, D]."""
+        return self.head(image, self.cached_text_features() if text is None else text)
+
+    def predict_features(self, image: Tensor, text: Tensor) -> Prediction:
+        if not self.trusted:
+            prob = self.template_prob(image, text).mean(1)
+            top, classes = prob.max(-1)
+            return Prediction(classes, prob, (1 - top).clamp(0, 1), self.class_names)
+        fused = self.opinion(image, text)
+        return Prediction(
+            classes=fused.prob.argmax(-1),
+            prob=fused.prob,
+            uncertainty=fused.uncertainty,
+            names=self.class_names,
+            belief=fused.belief,
+            prompt_uncertainty=fused.prompt_uncertainty,
+            conflict=fused.conflict if self.head.rule == "dempster" else None,
+        )
+
+    def template_prob(self, image: Tensor, text: Tensor | None = None) -> Tensor:
+        """What each template thinks by itself: class probabilities [B, M, K] of image features."""
+        logits = self._logits(image, self.cached_text_features() if text is None else text)
+        if not self.trusted:
+            return logits.softmax(-1)
+        return Opinion.from_log_ratio(log_ratio_from_logits(logits, self.head.activation, logits.shape[-1])).prob

@@ -1,0 +1,63 @@
+"""MaPLe: deep prompts in both towers, the image prompts projected from the text prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cdc_models.clip import ClipBackbone, encode_prompted_image, encode_prompted_text
+from cdc_models.methods.base import SoftmaxMethod
+from cdc_models.prompts import CoupledPrompts
+
+__all__ = ["MaPLe"]
+
+
+class MaPLe(SoftmaxMethod):
+    """Coupled deep prompts in text and image tower.
+
+    Args:
+        backbone: a CLIP both of whose towers can be prompted.
+        class_names: the K classes.
+        n_ctx: prompt vectors per layer.
+        depth: layers with prompts of their own; at most the depth of the shallower tower.
+        words: what the first prompt vectors start from.
+        seed: of the random start.
+
+    Raises:
+        ValueError: for a backbone that takes no prompts, a depth it does not have, or names too long.
+
+    Source: MaPLe (Khattak et al., CVPR 2023). ViT-B/16, n_ctx=2, depth=9 gives the published 3,555,072 parameters.
+
+    Example:
+        >>> from cdc_models import MaPLe, load_clip
+        >>> model = MaPLe(load_clip("bundled"), ["dog", "teapot"], depth=3)
+        >>> model.text_features().shape
+        torch.Size([1, 2, 128])
+    """
+
+    name = "maple"
+
+    def __init__(
+        self,
+        backbone: ClipBackbone,
+        class_names: Sequence[str],
+        n_ctx: int = 2,
+        depth: int = 9,
+        words: str | None = "a photo of a",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(backbone, class_names)
+        self.options = {"n_ctx": n_ctx, "depth": depth, "words": words, "seed": seed}
+        self.prompts = CoupledPrompts(
+            backbone, n_ctx, depth, words=words, generator=torch.Generator().manual_seed(seed)
+        )
+
+    def text_features(self) -> Tensor:
+        context, deep = self.prompts.text()
+        return encode_prompted_text(self.backbone, self.classes, context, deep=deep)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        context, deep = self.prompts.image()
+        return encode_prompted_image(self.backbone, images, context, deep=deep)
