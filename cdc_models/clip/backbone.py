@@ -218,8 +218,8 @@ class ClipBackbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the image tower's first weight, which is what images are cast to."""
-        return next(self.clip.visual.parameters()).dtype
+        """The dtype of the image tower's first convolution, which is what images are cast to."""
+        return next(parameter.dtype for parameter in self.clip.visual.parameters() if parameter.ndim == 4)
 
     @property
     def scale(self) -> Tensor:

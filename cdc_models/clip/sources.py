@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from cdc_models.clip.anatomy import OpenClip
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "clip"
 CONFIG_NAMES = ("open_clip_config.json", "config.json")
+POSITION_EMBEDDINGS = {"positional_embedding", "text.positional_embedding", "visual.positional_embedding"}
 WEIGHT_NAMES = (
     "open_clip_model.safetensors",
     "model.safetensors",
@@ -59,8 +61,15 @@ def build_network(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any] | No
 
 
 def load_weights(clip: OpenClip, file: Path) -> None:
-    """Fill `clip` from a safetensors file or a torch checkpoint (weights only); every key and shape must fit."""
+    """Fill `clip` from a safetensors file or a torch checkpoint (weights only); every key and shape must fit.
+
+    open_clip would stretch position embeddings of another length to fit; here that is an error as any other.
+    """
     try:
+        given, own = load_state_dict(str(file)), clip.state_dict()
+        for name in POSITION_EMBEDDINGS & given.keys() & own.keys():
+            if given[name].shape != own[name].shape:
+                raise ValueError(f"{name} is {list(given[name].shape)}, expected {list(own[name].shape)}")
         open_clip.load_checkpoint(clip, str(file), strict=True, weights_only=True)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

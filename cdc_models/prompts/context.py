@@ -57,13 +57,13 @@ class PromptContext(nn.Module):
         n: context vectors per template.
         m: templates.
         words: start from the first n token embeddings of this text (or of one text per template); None: N(0, std).
-        n_classes: K; given, every class has a context of its own (CoOp's class-specific context), all starting alike.
+        n_classes: K; given, every class has a context of its own (CoOp's class-specific context).
         noise: standard deviation of what is added to `words`, to tell templates apart that start from one text.
         std: standard deviation of the random start (CoOp and MaPLe: 0.02).
         generator: source of randomness; None: torch's global one.
 
-    Source: CoOp, "Learning to Prompt for Vision-Language Models" (Zhou et al., IJCV 2022). Class-specific contexts
-    start from different noise per class, like there.
+    Source: CoOp, "Learning to Prompt for Vision-Language Models" (Zhou et al., IJCV 2022). As there, classes draw
+    their random starts apart; several templates and `noise` are ours.
 
     Example:
         >>> import torch

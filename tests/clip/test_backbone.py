@@ -117,6 +117,17 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         load_clip("mine", str(write_folder(tmp_path, config)))
 
 
+@pytest.mark.parametrize(
+    ("change", "embedding"),
+    [({"text_cfg": TEXT | {"context_length": 12}}, ""), ({"vision_cfg": VISION | {"image_size": 48}}, "visual.")],
+)
+def test_position_embeddings_are_not_stretched(tmp_path, change, embedding):
+    with pytest.raises(
+        ValueError, match=rf"fit the network: {embedding}positional_embedding is \[\d+, \d+\], expected"
+    ):
+        load_clip("mine", str(write_folder(tmp_path, {"model_cfg": MODEL_CFG | change})))
+
+
 def test_files_that_are_no_weights_are_refused(tmp_path):
     write_folder(tmp_path, weights="pytorch_model.bin")
     (tmp_path / "pytorch_model.bin").write_bytes(b"not a checkpoint")

@@ -1,5 +1,7 @@
 """Precision, autograd and compilation of the towers; the full-size and the bundled networks."""
 
+import copy
+
 import open_clip
 import pytest
 import torch
@@ -76,6 +78,8 @@ def test_open_clips_own_mixed_precision(setup):
     for own, want in zip(both_towers(mixed, prompts, images, classes), exact, strict=True):
         assert own.dtype == torch.bfloat16
         assert cosine(own, want) > 0.999
+    assert mixed.encode_image(images).dtype == torch.bfloat16
+    assert mixed.encode_text(mixed.tokenize(NAMES)).dtype == torch.bfloat16
 
 
 def test_no_graph_where_no_gradient_is_needed(setup):
@@ -103,17 +107,14 @@ def test_what_inference_mode_leaves_behind_can_be_trained_with(setup):
         assert torch.equal(a, b)
 
 
-def test_classes_move_and_are_pickled_with_a_model(setup):
-    import copy
-
+def test_classes_move_and_are_copied_with_a_model(setup):
     backbone, prompts, images, classes = setup
     want = both_towers(backbone, prompts, images, classes)[0]
     for again in (classes.to("cpu"), copy.deepcopy(classes)):
         assert torch.equal(both_towers(backbone, prompts, images, again)[0], want)
 
 
-@pytest.mark.parametrize("position", ["end", "middle"])
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(("position", "warm"), [("end", False), ("middle", True)])
 def test_the_towers_compile_without_a_graph_break(setup, position, warm):
     backbone, prompts, images, classes = setup
 

@@ -42,7 +42,12 @@ def small_clip(variant="flat", seed=0):
     whole, vision, text = VARIANTS[variant] if isinstance(variant, str) else variant
     cfg = {"embed_dim": 32, "vision_cfg": VISION | vision, "text_cfg": TEXT | text} | whole
     torch.manual_seed(seed)
-    return build_network(cfg)
+    clip = build_network(cfg)
+    with torch.no_grad():  # norms, scales and biases start as the identity: move them, so that none can be forgotten
+        for name, parameter in clip.named_parameters():
+            if not name.startswith("logit"):
+                parameter += 0.05 * torch.randn_like(parameter)
+    return clip
 
 
 def small_backbone(variant="flat", seed=0, dtype=torch.float32):
