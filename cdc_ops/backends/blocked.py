@@ -191,6 +191,7 @@ def row_sums(image: Tensor, problem: Problem, sums: Sums, want_log_ratio: bool) 
     for _, _, fusion in sweep(blocks, accumulator, log_ratio):
         if want_log_ratio:
             fusion.log_ratio()
+    blocks.close()
     return log_ratio, *accumulator.results()
 
 
@@ -384,6 +385,7 @@ def gradients(
                 grad.mul_(fused.factors[m])
                 mine = g_image[rows] if g_image.dim() == 2 else g_image[rows, m]
                 mine.addmm_(grad, text)
+    blocks.close()
     return g_image, g_text, g_scale, g_bias
 
 

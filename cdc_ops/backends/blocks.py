@@ -21,6 +21,9 @@ BLOCK_COLUMNS = 1024
 #: F.normalize's floor for a length.
 EPS = 1e-12
 
+#: A block of logits kept between calls: touching fresh memory costs a CPU more than any step of the epilogue.
+_idle: dict[tuple[torch.dtype, int], Tensor] = {}
+
 LINEAR, LOG, LOG1P = "v", "ln v", "ln(1 + v)"
 
 
@@ -95,6 +98,19 @@ class Blocks:
         self._text = problem.text.unbind()
         self._image = [image] * self.M if image.dim() == 2 else image.unbind(1)
         self._buffers: dict[tuple[str, int, int], Tensor] = {}
+        # popping from a dict is atomic: no two threads, and no two problems in one thread, share a block
+        self._idle_key = problem.dtype, self.rows * self.columns
+        kept = _idle.pop(self._idle_key, None) if image.device.type == "cpu" else None
+        if kept is not None:
+            self._buffers["logits", self.rows, self.columns] = kept.view(self.rows, self.columns)
+
+    def close(self) -> None:
+        """Hand the block of logits back for the next call."""
+        kept = self._buffers.get(("logits", self.rows, self.columns))
+        if kept is not None and kept.device.type == "cpu" and kept.numel() <= BLOCK_ROWS * BLOCK_COLUMNS:
+            _idle.clear()  # one block at most outlives a call
+            _idle[self._idle_key] = kept
+        self._buffers.clear()
 
     def _from_unit_length(self, constant: Tensor) -> tuple[list[float] | None, bool]:
         """What |cos| <= 1 tells: bounds on ln(1 + v) when they rule overflow out, and whether exp may underflow."""
