@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ def demo(
     ablation: bool = False,
     partition: str = "test",
     methods: list[str] | None = None,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """Adapt the bundled CLIP with every method and show what each is worth.
 
@@ -51,6 +51,7 @@ def demo(
         ablation: CDC with each of its parts switched off, instead of the methods.
         partition: "test", or "validation" to choose hyper-parameters on.
         methods: only these rows of the table.
+        workers: processes that share the runs; 0 takes one per core, at most 8.
 
     Returns:
         The summary that is written to summary.json.
@@ -68,6 +69,11 @@ def demo(
         if unknown := sorted(set(methods) - set(settings)):
             raise ValueError(f"methods: unknown {unknown}; known are {list(settings)}")
         settings = {label: settings[label] for label in methods}
+    if workers < 0:
+        raise ValueError(f"workers: expected a number >= 0, got {workers}")
+    workers = workers or min(
+        8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     reference = next(iter(settings))
     started = time.perf_counter()
     backbone = load_clip("bundled")
@@ -81,17 +87,13 @@ def demo(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        everything = bar.add_task("", total=len(runs) * len(settings))
+        everything = bar.add_task("adapting", total=len(runs) * len(settings))
 
-        @contextmanager
-        def progress(label: str, run: Run, known: bool) -> Iterator[None]:
-            note = " (already done)" if known else ""
-            bar.update(everything, description=f"split {run.split} seed {run.seed}: {label}{note}")
-            yield
-            bar.advance(everything)
+        def on_done(label: str, run: Run) -> None:
+            bar.update(everything, advance=1, description=f"{label}, split {run.split}, seed {run.seed}")
 
         try:
-            rows = compare(settings, runs, backbone, results, progress=progress)
+            rows = compare(settings, runs, results, workers=workers, on_done=on_done)
         except KeyboardInterrupt:
             bar.stop()
             console.print(f"Interrupted. Finished runs are in {results.path}; the same command goes on from there.")
@@ -105,7 +107,7 @@ def demo(
             "python": platform.python_version(),
             "torch": torch.__version__,
             "open_clip": open_clip.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": f"{platform.machine()}, {workers} processes of one thread",
         },
         "backbone": backbone.fingerprint,
         "settings": {label: asdict(setting) for label, setting in settings.items()},

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from cdc_models.clip import ClipBackbone
+from cdc_models.clip import ClipBackbone, load_clip
 from cdc_models.data import ImageSet, emoji_benchmark, harmonic_mean, test_transform, train_transform
 from cdc_models.engine import Evaluation, calibrate, evaluate, extract_features, fit
 from cdc_models.methods import METHODS, Method
@@ -211,16 +214,64 @@ class Results:
         return row
 
 
+_worker_backbone: ClipBackbone | None = None
+
+
+def _start_worker() -> None:
+    global _worker_backbone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)
+    _worker_backbone = load_clip("bundled")
+
+
+def _work(setting: Setting, run: Run) -> dict[str, Any]:
+    assert _worker_backbone is not None
+    return run_one(setting, run, _worker_backbone, progress=False)
+
+
 def compare(
-    settings: dict[str, Setting], runs: Iterable[Run], backbone: ClipBackbone, results: Results, *, progress: Any
+    settings: dict[str, Setting],
+    runs: Sequence[Run],
+    results: Results,
+    *,
+    workers: int = 1,
+    on_done: Callable[[str, Run], None] = lambda label, run: None,
 ) -> list[dict[str, Any]]:
-    """Every setting on every run; what `results` already has is not done again. `progress(label, run)` per run."""
-    rows = []
-    for run in runs:
-        for label, setting in settings.items():
-            row = results.get(label, setting, run)
-            with progress(label, run, row is not None):
-                if row is None:
-                    row = results.add(label, setting, run, run_one(setting, run, backbone, progress=False))
-            rows.append(row)
-    return rows
+    """Every setting on every run, with the bundled CLIP; what `results` already has is not done again.
+
+    Runs are independent, so they are spread over `workers` processes of one thread each: for towers this small
+    that is faster than threads, and `seconds_train` means seconds of one core. Each result is written as it comes.
+
+    Args:
+        settings: label -> setting. runs: splits and draws. results: where finished ones are kept.
+        workers: processes.
+        on_done: called with label and run as each is there.
+
+    Raises:
+        KeyboardInterrupt: after the finished results are written.
+    """
+    jobs = [(label, setting, run) for run in runs for label, setting in settings.items()]
+    open_jobs = []
+    for label, setting, run in jobs:
+        if results.get(label, setting, run) is None:
+            open_jobs.append((label, setting, run))
+        else:
+            on_done(label, run)
+    if open_jobs:
+        pool = ProcessPoolExecutor(
+            min(workers, len(open_jobs)), mp_context=get_context("spawn"), initializer=_start_worker
+        )
+        try:
+            futures = {pool.submit(_work, setting, run): (label, setting, run) for label, setting, run in open_jobs}
+            for future in as_completed(futures):
+                label, setting, run = futures[future]
+                results.add(label, setting, run, future.result())
+                on_done(label, run)
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    found = [results.get(label, setting, run) for label, setting, run in jobs]
+    return [row for row in found if row is not None]

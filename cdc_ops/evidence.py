@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cdc_ops import checks
-from cdc_ops.special import softplus
+from cdc_ops.special import largest_log, softplus
 
 ACTIVATIONS = ("exp", "softplus", "relu")
 
@@ -41,7 +41,7 @@ def evidence_from_logits(logits: Tensor, activation: str = "exp") -> Tensor:
     z = at_least_float32(checks.floating("logits", logits, "[...]"))
     checks.finite("logits", z)
     if activation == "exp":
-        return torch.exp(z.clamp(max=math.log(torch.finfo(z.dtype).max)))
+        return torch.exp(z.clamp(max=largest_log(z.dtype)))
     return softplus(z) if activation == "softplus" else torch.relu(z)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cdc_ops import checks
 from cdc_ops.evidence import at_least_float32
-from cdc_ops.special import log_row_sum
+from cdc_ops.special import largest_log, log_row_sum
 
 RULES = ("dempster", "cumulative", "averaging", "weighted")
 
@@ -53,7 +53,7 @@ def confidence_weight(log_partition: Tensor, dim: int) -> Tensor:
 
 def evidence_from_log_ratio(log_ratio: Tensor, prior_weight: float) -> Tensor:
     """``e = W expm1(l)``, saturating at the largest finite number."""
-    top = math.log(torch.finfo(log_ratio.dtype).max / max(prior_weight, 1.0))
+    top = largest_log(log_ratio.dtype) - math.log(max(prior_weight, 1.0))
     return prior_weight * torch.expm1(log_ratio.clamp(max=top))
 
 

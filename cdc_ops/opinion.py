@@ -60,7 +60,9 @@ class Opinion:
     @property
     def evidence(self) -> Tensor:
         """``e = W b / u`` [..., K]."""
-        return self.weight * self.belief / self._uncertainty.unsqueeze(-1)
+        # u underflows to 0 when evidence exceeds the dtype's range; the largest finite evidence stands for it
+        least = 4 * self.weight / torch.finfo(self.belief.dtype).max
+        return self.weight * self.belief / self.uncertainty.clamp_min(least).unsqueeze(-1)
 
     @property
     def alpha(self) -> Tensor:
@@ -71,11 +73,6 @@ class Opinion:
     def prob(self) -> Tensor:
         """Expected class probabilities ``b + u / K`` [..., K]."""
         return self.belief + self.uncertainty.unsqueeze(-1) / self.belief.shape[-1]
-
-    @property
-    def _uncertainty(self) -> Tensor:
-        # u underflows to 0 when evidence exceeds the dtype's range; the largest finite evidence stands for it.
-        return self.uncertainty.clamp_min(4 * self.weight / torch.finfo(self.belief.dtype).max)
 
     def entropy(self) -> Tensor:
         """Entropy of the expected class probabilities [...], in nats: total predictive uncertainty."""
@@ -94,9 +91,10 @@ class Opinion:
 
         ``sum_k p_k (psi(alpha_k + 1) - ln alpha_k) - (psi(S + 1) - ln S)``, free of large cancelling terms.
         """
-        total = self.weight / self._uncertainty
-        gain = (self.prob * digamma_excess(self.alpha)).sum(-1) - digamma_excess(total)
-        return gain.clamp_min(0)
+        p = self.prob.clamp_min(torch.finfo(self.belief.dtype).tiny)
+        inverse_total = self.uncertainty / self.weight  # 1 / S, and 1 / alpha_k = 1 / (S p_k)
+        gain = (p * digamma_excess(inverse_total.unsqueeze(-1) / p)).sum(-1)
+        return (gain - digamma_excess(inverse_total)).clamp_min(0)
 
     def dissonance(self) -> Tensor:
         """Uncertainty from beliefs that contradict each other [...], in [0, 1].

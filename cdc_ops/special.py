@@ -122,12 +122,17 @@ def kl_total(log_total: Tensor, classes: int) -> Tensor:
     return torch.where(log_total < math.log(SERIES_FROM), near, far) - constant
 
 
-def digamma_excess(x: Tensor) -> Tensor:
-    """``psi(x + 1) - ln(x) > 0``, which tends to ``1 / (2 x)``: no cancellation for large x."""
-    small = x.clamp(max=SERIES_FROM)
+def digamma_excess(inverse: Tensor) -> Tensor:
+    """``psi(x + 1) - ln(x) > 0`` from ``1 / x``; it tends to ``1 / (2 x)``: no cancellation for large x."""
+    small = 1 / inverse.clamp(min=1 / SERIES_FROM)
     near = torch.digamma(small + 1) - torch.log(small)
-    inverse = 1 / x.clamp(min=SERIES_FROM)
+    inverse = inverse.clamp(max=1 / SERIES_FROM)
     series = torch.zeros_like(inverse)
     for n in reversed(range(1, len(BERNOULLI) + 1)):
         series = series * inverse * inverse + BERNOULLI[n - 1] / (2 * n)
-    return torch.where(x < SERIES_FROM, near, inverse * (0.5 - inverse * series))
+    return torch.where(inverse < 1 / SERIES_FROM, inverse * (0.5 - inverse * series), near)
+
+
+def largest_log(dtype: torch.dtype) -> float:
+    """The largest logarithm whose ``exp`` is finite, with room for its rounding."""
+    return math.log(torch.finfo(dtype).max) - 1e-4

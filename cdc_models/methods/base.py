@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -15,6 +16,8 @@ from cdc_models.clip import ClipBackbone
 from cdc_models.clip.text_tower import ClassTokens, tokenize_classes
 
 __all__ = ["Method", "Prediction", "SoftmaxMethod", "zero_shot_features"]
+
+_MAX_LOG_TEMPERATURE = math.log(100.0)
 
 
 @dataclass(frozen=True)
@@ -190,9 +193,11 @@ class SoftmaxMethod(Method):
         log_temperature = torch.zeros((), device=logits.device, requires_grad=True)
 
         def negative_log_likelihood() -> Tensor:
+            # Bounded: where the answers are worse than chance the best temperature is infinite, and would tie them.
+            temperature = log_temperature.clamp(-_MAX_LOG_TEMPERATURE, _MAX_LOG_TEMPERATURE).exp()
             with torch.no_grad():
-                self.temperature.copy_(log_temperature.exp())
-            return F.cross_entropy(logits / log_temperature.exp(), targets)
+                self.temperature.copy_(temperature)
+            return F.cross_entropy(logits / temperature, targets)
 
         return [log_temperature], negative_log_likelihood
 

@@ -1,0 +1,121 @@
+"""Adapter files: round trips, and every way a file can be wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from cdc_models import METHODS, calibrate, fit, load_adapter, save_adapter
+from cdc_models.engine.adapters import AdapterError
+
+CLASSES = ["red", "green", "blue"]
+OPTIONS = {
+    "zero_shot": {"templates": ["a photo of a {}.", "{}."]},
+    "coop": {},
+    "maple": {"depth": 2},
+    "cdc": {"depth": 2},
+}
+
+
+@pytest.fixture
+def saved(backbone, coloured, tmp_path):
+    model = METHODS["cdc"](backbone, CLASSES, depth=2)
+    fit(model, [coloured], epochs=2, progress=False)
+    return model, save_adapter(model, tmp_path / "adapter.safetensors", {"epochs": 2})
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as stored:
+        return stored.metadata()
+
+
+def rewrite(path, tensors=None, **changes):
+    metadata = {k: v for k, v in {**metadata_of(path), **changes}.items() if v is not None}
+    save_file(load_file(path) if tensors is None else tensors, path, metadata)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_round_trip(name, backbone, coloured, tmp_path):
+    model = METHODS[name](backbone, CLASSES, **OPTIONS[name])
+    if name != "zero_shot":
+        fit(model, [coloured], epochs=2, progress=False)
+    calibrate(model, [coloured])
+    path = save_adapter(model, tmp_path / "a.safetensors")
+    again = load_adapter(path, backbone)
+    assert type(again) is type(model) and again.class_names == tuple(CLASSES)
+    assert torch.equal(again.predict(coloured[0]).prob, model.predict(coloured[0]).prob)
+    elsewhere = load_adapter(path, backbone, ["spoon", "fork"])
+    assert torch.equal(
+        elsewhere.predict(coloured[0]).prob, model.with_classes(["spoon", "fork"]).predict(coloured[0]).prob
+    )
+
+
+def test_only_what_was_learned_is_saved(saved, backbone):
+    model, path = saved
+    assert set(load_file(path)) == set(model.learned_parameters())
+    assert json.loads(metadata_of(path)["summary"]) == {"epochs": 2}
+    assert path.stat().st_size < 4 * sum(p.numel() for p in model.learned_parameters().values()) + 4000
+
+
+def test_another_backbone_is_refused(saved, other_backbone):
+    with pytest.raises(AdapterError, match="was trained on small.*hash.*given is"):
+        load_adapter(saved[1], other_backbone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "lora"}, "method 'lora'"),
+        ({"method": None}, "lacks method"),
+        ({"format": "99"}, "format '99'"),
+        ({"options": "{"}, "damaged metadata"),
+        ({"options": '{"nonsense": 1}'}, "refuses"),
+        ({"options": '{"depth": 99}'}, "refuses"),
+        ({"options": '{"depth": 3}'}, "holds tensors"),
+        ({"classes": '["a", "a"]'}, "refuses"),
+        ({"backbone": "[]"}, "damaged metadata"),
+    ],
+)
+def test_tampered_metadata(changes, message, saved, backbone):
+    rewrite(saved[1], **changes)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(saved[1], backbone)
+
+
+def test_tampered_tensors(saved, backbone):
+    path = saved[1]
+    tensors = load_file(path)
+    rewrite(path, {n: torch.full_like(t, torch.nan) for n, t in tensors.items()})
+    with pytest.raises(AdapterError, match="not finite"):
+        load_adapter(path, backbone)
+    rewrite(path, {n: t for n, t in tensors.items() if "head" not in n})
+    with pytest.raises(AdapterError, match="holds tensors"):
+        load_adapter(path, backbone)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_file(keep, saved, backbone):
+    path = saved[1]
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(AdapterError, match="not a readable safetensors"):
+        load_adapter(path, backbone)
+
+
+def test_not_there(backbone, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no adapter"):
+        load_adapter(tmp_path / "none.safetensors", backbone)
+
+
+def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
+    model, path = saved
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("cdc_models.engine.adapters.os.fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(model, path)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]

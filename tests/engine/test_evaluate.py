@@ -1,0 +1,109 @@
+"""Evaluation against torchmetrics, enumeration, and what the figures must obey."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
+
+from cdc_models import CDC, CoOp, MaPLe, ZeroShot, calibrate, evaluate
+from cdc_models.engine import extract_features
+from cdc_models.engine.evaluate import area_under_risk_coverage
+
+CLASSES = ["red", "green", "blue"]
+
+
+@pytest.fixture
+def unknown():
+    return [(torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(4)), torch.zeros(9))]
+
+
+@pytest.mark.parametrize("make", [ZeroShot, lambda b, c: CDC(b, c, depth=2)], ids=["zero-shot", "CDC"])
+def test_figures_by_hand(make, backbone, coloured, unknown):
+    model = make(backbone, CLASSES)
+    images, targets = coloured
+    ours = evaluate(model, [(images[:10], targets[:10]), (images[10:], targets[10:])], unknown=unknown, progress=False)
+    said, strange = model.predict(images), model.predict(unknown[0][0])
+    right = said.classes == targets
+    assert ours.accuracy == pytest.approx(float(right.float().mean()))
+    assert ours.ece == pytest.approx(float(multiclass_calibration_error(said.prob, targets, 3, n_bins=15)), abs=1e-6)
+    by_class = (said.prob - torch.eye(3)[targets]) ** 2
+    assert ours.brier == pytest.approx(float(by_class.sum(1).mean()), abs=1e-6)
+    score = torch.cat([said.uncertainty, strange.uncertainty])
+    is_unknown = torch.cat([torch.zeros(len(targets)), torch.ones(9)]).long()
+    assert ours.unknown_auroc == pytest.approx(float(binary_auroc(score, is_unknown)), abs=1e-6)
+    assert ours.uncertainty_wrong == pytest.approx(float(said.uncertainty[~right].mean()), abs=1e-6)
+    assert ours.count == 24 and set(ours.numbers()).isdisjoint({"prob", "targets", "uncertainty"})
+
+
+def test_features_stand_for_their_loader(backbone, coloured, unknown):
+    model = MaPLe(backbone, CLASSES, depth=2)
+    direct = evaluate(model, [coloured], unknown=unknown, progress=False)
+    read = [extract_features(model, x, progress=False) for x in ([coloured], unknown)]
+    assert evaluate(model, read[0], unknown=read[1]).numbers() | {"seconds": 0} == direct.numbers() | {"seconds": 0}
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1, width=16), st.booleans()), min_size=1, max_size=40))
+def test_aurc_obeys_its_laws(pairs):
+    uncertainty = torch.tensor([u for u, _ in pairs])
+    correct = torch.tensor([c for _, c in pairs])
+    value = area_under_risk_coverage(uncertainty, correct)
+    assert 0 <= value <= 1
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
+    assert area_under_risk_coverage(uncertainty[order], correct[order]) == pytest.approx(value, abs=1e-12)
+    best = area_under_risk_coverage((~correct).double() + uncertainty.double() / 2, correct)
+    worst = area_under_risk_coverage(correct.double() + uncertainty.double() / 2, correct)
+    assert best - 1e-12 <= value <= worst + 1e-12
+
+
+def test_aurc_of_one_opinion_for_all_is_the_error():
+    assert area_under_risk_coverage(torch.zeros(8), torch.arange(8) < 6) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [ZeroShot, CoOp, lambda b, c: CDC(b, c, depth=2), lambda b, c: CDC(b, c, depth=2, trusted=False)],
+    ids=["zero-shot", "CoOp", "CDC", "CDC untrusted"],
+)
+def test_calibration_lowers_the_likelihood_loss_and_keeps_the_prompts(make, backbone, coloured):
+    model = make(backbone, CLASSES)
+    images, targets = coloured
+
+    def nll():
+        return float(-model.predict(images).prob.gather(1, targets[:, None]).log().mean())
+
+    before, prompts = nll(), {n: p.detach().clone() for n, p in model.learned_parameters().items() if "head" not in n}
+    reported = calibrate(model, [coloured])
+    assert nll() <= before + 1e-6
+    assert reported == pytest.approx(nll(), rel=1e-3, abs=1e-4)
+    assert all(torch.equal(model.learned_parameters()[n], p) for n, p in prompts.items())
+
+
+def test_softmax_calibration_keeps_the_answers(backbone, coloured):
+    model = ZeroShot(backbone, CLASSES)
+    before = model.predict(coloured[0]).classes
+    calibrate(model, [coloured])
+    assert torch.equal(model.predict(coloured[0]).classes, before) and float(model.temperature) != 1.0
+
+
+def test_nothing_fixed_is_calibrated(backbone, coloured):
+    model = CDC(backbone, CLASSES, depth=2, evidence_head=False)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    calibrate(model, [coloured])
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_bad_loaders(backbone, coloured):
+    model = ZeroShot(backbone, CLASSES)
+    with pytest.raises(ValueError, match="loader.*got none"):
+        evaluate(model, [], progress=False)
+    with pytest.raises(ValueError, match="loader.*got none"):
+        calibrate(model, [])
+    with pytest.raises(ValueError, match=r"targets.*\[0, 3\).*5"):
+        evaluate(model, [(coloured[0], coloured[1] + 3)], progress=False)
+
+
+def test_one_class(backbone, coloured):
+    result = evaluate(ZeroShot(backbone, ["red"]), [(coloured[0], torch.zeros(24, dtype=torch.long))], progress=False)
+    assert result.accuracy == 1.0 and result.ece == 0.0 and result.brier == 0.0

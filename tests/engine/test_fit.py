@@ -1,0 +1,112 @@
+"""Training."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from cdc_models import CDC, CoOp, MaPLe, ZeroShot, evaluate, fit
+from cdc_models.engine import learning_rate
+
+CLASSES = ["red", "green", "blue"]
+
+
+def loader_of(data, seed=0):
+    return DataLoader(TensorDataset(*data), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+
+def adapters(backbone):
+    return [
+        CoOp(backbone, CLASSES, n_ctx=4, seed=1),
+        MaPLe(backbone, CLASSES, depth=3, seed=1),
+        CDC(backbone, CLASSES, depth=3, views=None, seed=1),
+    ]
+
+
+def test_schedule_is_maples():
+    assert [learning_rate(e, 5, 0.0035) for e in range(5)] == pytest.approx(
+        [1e-5] + [0.00175 * (1 + math.cos(math.pi * e / 5)) for e in range(4)]
+    )
+    assert learning_rate(0, 5, 0.1, warmup_epochs=0) == 0.1
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_training_learns_and_leaves_the_backbone_alone(which, backbone, coloured):
+    model, before = adapters(backbone)[which], backbone.fingerprint
+    start = evaluate(model, [coloured], progress=False)
+    epochs = []
+    result = fit(
+        model,
+        loader_of(coloured),
+        epochs=60,
+        lr=0.05,
+        seed=0,
+        progress=False,
+        on_epoch=lambda e, loss: epochs.append(e),
+    )
+    assert result.losses[-1] < 0.8 * result.losses[0]
+    assert result.steps == 180 and epochs == list(range(60)) and not result.interrupted
+    assert evaluate(model, [coloured], progress=False).accuracy > max(start.accuracy, 0.6)
+    assert backbone.fingerprint == before
+
+
+def test_same_seed_same_result(backbone, coloured):
+    ends = []
+    for _ in range(2):
+        model = CDC(backbone, CLASSES, depth=2, seed=3)  # its views are random
+        fit(model, loader_of(coloured), epochs=2, seed=5, progress=False)
+        ends.append(torch.cat([p.detach().flatten() for p in model.learned_parameters().values()]))
+    assert torch.equal(*ends)
+
+
+def test_interruption_keeps_what_was_learned(backbone, coloured):
+    model = CoOp(backbone, CLASSES)
+
+    def stop(epoch, loss):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    start = model.context.vectors.detach().clone()
+    result = fit(model, loader_of(coloured), epochs=9, progress=False, on_epoch=stop)
+    assert result.interrupted and len(result.losses) == 2 and result.steps == 6
+    assert not torch.equal(model.context.vectors, start)
+
+
+def test_bf16_training(backbone, coloured):
+    model = MaPLe(backbone, CLASSES, depth=2)
+    result = fit(model, loader_of(coloured), epochs=2, autocast=torch.bfloat16, progress=False)
+    assert all(math.isfinite(x) for x in result.losses)
+    assert {p.dtype for p in model.learned_parameters().values()} == {torch.float32}
+
+
+def test_the_evidence_head_does_not_decay(backbone):
+    groups = CDC(backbone, CLASSES, depth=2).parameter_groups(5e-4)
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    model = CDC(backbone, CLASSES, depth=2)
+    assert sorted(decay.values()) == [0.0, 0.0, 5e-4, 5e-4, 5e-4]
+    assert len(decay) == len(model.learned_parameters())
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": -1}, {"lr": 0.0}, {"lr": float("inf")}, {"momentum": 1.0}, {"weight_decay": -1}]
+)
+def test_bad_settings(change, backbone, coloured):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        fit(CoOp(backbone, CLASSES), [coloured], progress=False, **change)
+
+
+def test_nothing_to_learn(backbone, coloured):
+    with pytest.raises(ValueError, match="nothing to learn"):
+        fit(ZeroShot(backbone, CLASSES), [coloured], progress=False)
+
+
+def test_a_diverging_loss_is_reported_before_it_spreads(backbone, coloured):
+    model = CoOp(backbone, CLASSES)
+    with pytest.raises(ValueError, match="loss became (nan|inf).*smaller lr"):
+        fit(model, [coloured] * 50, epochs=3, lr=1e38, warmup_epochs=0, progress=False)
+
+
+def test_progress_bar_is_shown(backbone, coloured, capsys):
+    fit(CoOp(backbone, CLASSES), loader_of(coloured), epochs=1, progress=True)
+    fit(CoOp(backbone, CLASSES), (batch for batch in [coloured]), epochs=1, progress=True)  # a loader without length

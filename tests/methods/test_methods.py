@@ -1,0 +1,272 @@
+"""ZeroShot, CoOp, MaPLe and CDC as users build them."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cdc_models import CDC, METHODS, CoOp, MaPLe, ZeroShot
+from cdc_models.methods.cdc import DEFAULT_VIEWS
+
+CLASSES = ["cat", "dog", "tea pot"]
+OPTIONS = {"zero_shot": {}, "coop": {"n_ctx": 3}, "maple": {"depth": 3}, "cdc": {"depth": 3}}
+CDC_PARTS_OFF = {
+    "views": {"views": None},
+    "decoupling": {"weight_de": 0.0},
+    "consistency": {"weight_con": 0.0},
+    "trusted": {"trusted": False},
+    "evidence head": {"evidence_head": False},
+    "image prompts": {"image_prompts": False},
+    "templates": {"n_templates": 1, "views": ["flip"]},
+}
+
+
+def build(name, backbone, classes=CLASSES, **changes):
+    return METHODS[name](backbone, classes, **{**OPTIONS[name], **changes})
+
+
+@pytest.fixture
+def images():
+    return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_prediction_is_a_distribution_with_an_uncertainty(name, backbone, images):
+    model = build(name, backbone)
+    said = model.predict(images)
+    assert said.prob.shape == (5, 3) and torch.allclose(said.prob.sum(-1), torch.ones(5), atol=1e-5)
+    assert torch.equal(said.classes, said.prob.argmax(-1))
+    assert ((said.uncertainty >= 0) & (said.uncertainty <= 1)).all()
+    assert said.labels() == [CLASSES[i] for i in said.classes]
+    assert said.prob.requires_grad is False
+
+
+def test_cdc_prediction_holds_opinions(backbone, images):
+    said = build("cdc", backbone).predict(images)
+    assert torch.allclose(said.belief.sum(-1) + said.uncertainty, torch.ones(5), atol=1e-5)
+    assert said.prompt_uncertainty.shape == (5, 4)
+    assert ((said.conflict >= 0) & (said.conflict <= 1)).all()
+
+
+@pytest.mark.parametrize("name", ["coop", "maple", "cdc"])
+def test_only_the_adapter_learns(name, backbone, coloured):
+    images, targets = coloured
+    before = backbone.fingerprint
+    model = build(name, backbone)
+    model.loss(images, targets).backward()
+    learned = model.learned_parameters()
+    assert learned and all(p.dtype == torch.float32 for p in learned.values())
+    for n, p in model.named_parameters():
+        assert (p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0) == (n in learned), n
+    assert backbone.fingerprint == before
+
+
+@pytest.mark.parametrize("part", CDC_PARTS_OFF)
+def test_each_part_of_cdc_switches_off_alone(part, backbone, coloured):
+    images, targets = coloured
+    model = build("cdc", backbone, **CDC_PARTS_OFF[part])
+    loss = model.loss(images, targets)
+    loss.backward()
+    assert loss.isfinite() and all(
+        p.grad.isfinite().all() for p in model.learned_parameters().values() if p.grad is not None
+    )
+    assert torch.allclose(model.predict(images).prob.sum(-1), torch.ones(len(images)), atol=1e-5)
+
+
+def test_switching_a_loss_off_changes_exactly_that_loss(backbone, coloured):
+    from cdc_ops import consistency_loss, decoupling_loss
+
+    images, targets = coloured
+    whole = build("cdc", backbone, views=None, weight_de=0.5, weight_con=2.0)
+    text = whole.text_features()
+    plain = build("cdc", backbone, views=None, weight_de=0.0, weight_con=0.0).loss(images, targets)
+    expected = plain + 0.5 * decoupling_loss(text) + 2.0 * consistency_loss(text, whole.anchor, 0.02)
+    assert torch.allclose(whole.loss(images, targets), expected, atol=1e-5)
+
+
+def test_without_trust_the_prediction_averages_the_templates(backbone, images):
+    model = build("cdc", backbone, trusted=False)
+    x, t = model.image_features(images), model.text_features()
+    by_hand = torch.stack(
+        [
+            (
+                model.head.scale[m] * F.normalize(x[:, m], dim=-1) @ F.normalize(t[m], dim=-1).T + model.head.bias[m]
+            ).softmax(-1)
+            for m in range(4)
+        ]
+    ).mean(0)
+    assert torch.allclose(model.predict(images).prob, by_hand, atol=1e-5)
+    assert torch.allclose(model.template_prob(x).mean(1), by_hand, atol=1e-5)
+
+
+def test_template_opinions_fuse_to_the_prediction(backbone, images):
+    model = build("cdc", backbone, n_templates=1, views=["none"])
+    x = model.image_features(images)
+    assert torch.allclose(model.template_prob(x)[:, 0], model.predict(images).prob, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_with_classes_is_the_same_as_building_for_them(name, backbone, images):
+    model = build(name, backbone)
+    other = ["dog", "red house", "cat", "spoon"]
+    moved = model.with_classes(other)
+    fresh = build(name, backbone, other)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.allclose(moved.predict(images).prob, fresh.predict(images).prob, atol=1e-6)
+    assert model.class_names == tuple(CLASSES) and moved.class_names == tuple(other)
+    assert model.predict(images).prob.shape == (5, 3)  # the original is as it was
+    for n, p in model.learned_parameters().items():
+        assert moved.learned_parameters()[n] is p
+
+
+def test_text_features_are_reused_until_a_parameter_changes(backbone, monkeypatch):
+    model = build("coop", backbone)
+    calls = []
+    original = CoOp.text_features
+    monkeypatch.setattr(CoOp, "text_features", lambda self: calls.append(1) or original(self))
+    first = model.cached_text_features()
+    assert model.cached_text_features() is first and len(calls) == 1
+    with torch.no_grad():
+        model.context.vectors.add_(0.1)
+    assert not torch.equal(model.cached_text_features(), first) and len(calls) == 2
+
+
+def test_zero_shot_is_open_clips_own(backbone, images):
+    clip, tokens = backbone.clip, backbone.tokenize([f"a photo of a {c}." for c in CLASSES])
+    logits = (
+        clip.logit_scale.exp() * clip.encode_image(images, normalize=True) @ clip.encode_text(tokens, normalize=True).T
+    )
+    assert torch.allclose(ZeroShot(backbone, CLASSES).predict(images).prob, logits.softmax(-1), atol=1e-6)
+
+
+def test_zero_shot_ensemble_averages_normalised_features(backbone, images):
+    templates = ["a photo of a {}.", "{}."]
+    model = ZeroShot(backbone, CLASSES, templates)
+    each = [
+        F.normalize(backbone.encode_text(backbone.tokenize([t.format(c) for c in CLASSES])), dim=-1) for t in templates
+    ]
+    prototype = F.normalize(torch.stack(each).mean(0), dim=-1)
+    logits = backbone.scale * F.normalize(backbone.encode_image(images), dim=-1) @ prototype.T
+    assert torch.allclose(model.predict(images).prob, logits.softmax(-1), atol=1e-6)
+
+
+def test_coop_starts_as_zero_shot(backbone, images):
+    """With the template's own words as the context, nothing learned yet, CoOp is zero-shot CLIP."""
+    coop = CoOp(backbone, CLASSES, n_ctx=len(backbone.encode_words("a photo of a")), words="a photo of a")
+    assert torch.allclose(coop.predict(images).prob, ZeroShot(backbone, CLASSES).predict(images).prob, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+@pytest.mark.parametrize("class_specific", [False, True])
+def test_coop_variants(position, class_specific, backbone, coloured):
+    images, targets = coloured
+    model = CoOp(backbone, CLASSES, n_ctx=4, words=None, class_specific=class_specific, position=position)
+    model.loss(images, targets).backward()
+    assert model.context.vectors.shape == ((1, 3, 4, 32) if class_specific else (1, 4, 32))
+    assert model.context.vectors.grad.abs().sum() > 0
+    if class_specific:
+        with pytest.raises(ValueError, match="class-specific"):
+            model.with_classes(["x"])
+
+
+def test_same_seed_same_start(backbone):
+    for name in ("coop", "maple", "cdc"):
+        extra = {"words": None}
+        starts = [
+            torch.cat([p.flatten() for p in build(name, backbone, seed=s, **extra).learned_parameters().values()])
+            for s in (1, 1, 2)
+        ]
+        assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+def test_bf16_autocast_keeps_the_adapter_in_float32(backbone, coloured):
+    images, targets = coloured
+    for name in ("coop", "maple", "cdc"):
+        model = build(name, backbone, **({"views": None} if name == "cdc" else {}))
+        exact = model.loss(images, targets)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(images, targets)
+        loss.backward()
+        assert abs(loss.item() - exact.item()) < 0.05 * abs(exact.item()) + 0.05
+        assert all(p.grad.dtype == torch.float32 for p in model.learned_parameters().values())
+
+
+def test_views_may_come_from_the_loader(backbone, coloured):
+    images, targets = coloured
+    model = build("cdc", backbone, views=None)
+    same = images.unsqueeze(1).expand(-1, 4, -1, -1, -1)
+    assert torch.allclose(model.loss(same, targets), model.loss(images, targets), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["coop", "maple", "cdc"])
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([0, 1, 2, 3, 0]), r"targets.*\[0, 3\).*0 to 3"),
+        (torch.tensor([0, 1, 2, -1, 0]), "targets.*-1"),
+        (torch.tensor([0, 1]), r"targets.*\[5\]"),
+        (torch.zeros(5), "targets.*integer"),
+    ],
+)
+def test_bad_targets(name, targets, message, backbone, images):
+    with pytest.raises(ValueError, match=message):
+        build(name, backbone).loss(images, targets)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [([], "names"), (["cat", "cat"], "names.*cat"), (["cat", " "], "names"), (["a b " * 30], "long")],
+)
+def test_bad_class_names(name, names, message, backbone, images):
+    with pytest.raises(ValueError, match=message):
+        build(name, backbone, names).predict(images)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bad_images(name, backbone):
+    model = build(name, backbone)
+    for wrong in (
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(2, 3, 30, 32),
+        torch.full((2, 3, 32, 32), torch.nan),
+    ):
+        with pytest.raises(ValueError, match="images"):
+            model.predict(wrong)
+
+
+def test_bad_options(backbone):
+    with pytest.raises(ValueError, match="views.*4"):
+        CDC(backbone, CLASSES, depth=3, views=["flip"])
+    with pytest.raises(ValueError, match="depth"):
+        MaPLe(backbone, CLASSES, depth=9)
+    with pytest.raises(ValueError, match="hand_crafted"):
+        CDC(backbone, CLASSES, depth=3, hand_crafted="a photo")
+    with pytest.raises(ValueError, match="weight_de"):
+        CDC(backbone, CLASSES, depth=3, weight_de=float("nan"))
+    with pytest.raises(TypeError, match="learns nothing"):
+        ZeroShot(backbone, CLASSES).loss(torch.zeros(1, 3, 32, 32), torch.tensor([0]))
+    assert len(DEFAULT_VIEWS) == 4
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "cdc_models.methods.zero_shot",
+        "cdc_models.methods.coop",
+        "cdc_models.methods.maple",
+        "cdc_models.methods.cdc",
+        "cdc_models.data.protocol",
+        "cdc_models.data.scenes",
+        "cdc_models.data.transforms",
+        "cdc_models.data.emoji",
+        "cdc_models.engine.fit",
+        "cdc_models.engine.evaluate",
+        "cdc_models.clip.tokenizer",
+    ],
+)
+def test_examples_in_docstrings(module):
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted > 0 and result.failed == 0
