@@ -152,9 +152,11 @@ def run_one(setting: Setting, run: Run, backbone: ClipBackbone, *, progress: boo
         "brier_new": new.brier,
         "aurc_base": base.aurc,
         "aurc_new": new.aurc,
+        "aurc_uncertainty_base": base.aurc_uncertainty,
         "uncertainty_right": base.uncertainty_right,
         "uncertainty_wrong": base.uncertainty_wrong,
         "unknown_auroc": base.unknown_auroc,
+        "unknown_auroc_prob": base.unknown_auroc_prob,
         "learned": sum(p.numel() for p in model.learned_parameters().values()),
         "seconds_train": seconds_train,
         "seconds": time.perf_counter() - started,
@@ -171,7 +173,7 @@ def curves(evaluation: Evaluation, bins: int = 15, points: int = 20) -> dict[str
     def total(values: Tensor) -> list[float]:
         return torch.zeros(bins, dtype=torch.float64).index_add_(0, which, values.double()).tolist()
 
-    kept = correct[evaluation.uncertainty.argsort(stable=True)].cumsum(0)
+    kept = correct[confidence.argsort(descending=True, stable=True)].cumsum(0)
     sizes = [max(1, round(len(kept) * (i + 1) / points)) for i in range(points)]
     return {
         "bin_count": total(torch.ones_like(correct)),
