@@ -51,7 +51,7 @@ def test_objective_and_its_gradient_are_the_published_ones():
     torch.testing.assert_close(ours, theirs)
     parameters = list(model.parameters())
     for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
 @needs_data
