@@ -51,13 +51,13 @@ class Run:
 
 
 # Chosen on the two validation splits, whose classes appear in no reported split, with the same effort for every
-# trained method: see docs/tuning.md.
+# trained method (benches/tune.py; benches/results/tuning).
 SETTINGS: dict[str, Setting] = {
     "zero-shot": Setting("zero_shot"),
     "zero-shot, 7 templates": Setting("zero_shot", {"templates": list(ENSEMBLE)}),
-    "CoOp": Setting("coop", {"n_ctx": 4}, epochs=5, lr=0.02),
-    "MaPLe": Setting("maple", {"depth": 3}, epochs=5, lr=0.02),
-    "CDC": Setting("cdc", {"depth": 3}, epochs=5, lr=0.02),
+    "CoOp": Setting("coop", {"n_ctx": 4}, epochs=12, lr=0.03),
+    "MaPLe": Setting("maple", {"depth": 3}, epochs=12, lr=0.03),
+    "CDC": Setting("cdc", {"depth": 3}, epochs=12, lr=0.01),
 }
 
 
@@ -192,8 +192,11 @@ class Results:
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
         self.rows: dict[str, dict[str, Any]] = {}
+        self._cut_off = False  # an interruption may have left the last line without its end
         if path.exists():
-            for line in path.read_text().splitlines():
+            text = path.read_text()
+            self._cut_off = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
                 try:
                     row = json.loads(line)
                     self.rows[row["key"]] = row
@@ -213,7 +216,8 @@ class Results:
         self.rows[key] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(("\n" if self._cut_off else "") + json.dumps(row) + "\n")
+        self._cut_off = False
         return row
 
 

@@ -168,8 +168,8 @@ def plot_bars(summary: dict[str, dict[str, Any]], path: Path, title: str) -> Non
         bars = ax.bar(at, heights, width * 0.92, yerr=errors, capsize=2, color=COLOURS[i % len(COLOURS)], label=label)
         size = 7 if len(labels) <= 5 else 5.5
         ax.bar_label(bars, fmt="%.1f", fontsize=size, padding=2)
-    lowest = min(100 * min(s["base"], s["new"]) for s in summary.values())
-    ax.set_ylim(max(0, math.floor((lowest - 12) / 10) * 10), None)
+    ax.set_ylim(0, None)
+    ax.margins(y=0.12)
     ax.set_xticks(range(3), ["base classes", "new classes", "harmonic mean"])
     ax.set_ylabel("accuracy (%)")
     ax.set_title(title, fontsize=10)

@@ -79,7 +79,7 @@ def test_bad_arguments_are_one_sentence(argument, message, tmp_path, capsys):
 def test_every_ablation_changes_one_part():
     whole = SETTINGS["CDC"]
     for label, setting in ABLATIONS.items():
-        changed = {k for k in setting.options if setting.options[k] != whole.options.get(k)}
+        changed = {k for k in setting.options if k not in whole.options or setting.options[k] != whole.options[k]}
         assert (label == "CDC") == (not changed), label
         assert (setting.epochs, setting.lr, setting.batch) == (whole.epochs, whole.lr, whole.batch)
 
