@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from jsonargparse import CLI
 
@@ -10,11 +11,17 @@ from cdc_models.demo import demo
 
 __all__ = ["main"]
 
+COMMANDS = {"demo": demo}
+SWITCHES = ("--ablation",)
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run a command; argument errors end with status 2 and one sentence."""
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; argument errors end with status 2 and one sentence, Ctrl-C with 130."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    # jsonargparse wants a value for a boolean; a bare switch means yes.
+    given = [f"{argument}=true" if argument in SWITCHES else argument for argument in given]
     try:
-        CLI({"demo": demo}, args=arguments, as_positional=False, prog="cdc")
+        CLI(COMMANDS, args=given, as_positional=False, prog="cdc")
     except ValueError as error:
         print(f"cdc: {error}", file=sys.stderr)
         raise SystemExit(2) from None

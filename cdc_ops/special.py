@@ -60,21 +60,18 @@ def digamma_gap(log_a: Tensor, log_rest: Tensor) -> Tensor:
     asymptotic series through ``r / (a + r + i) = sigmoid(ln r - ln(a + i))`` leaves no subtraction
     of close numbers, for any a from 1e-30 to 1e300 and any r, and no overflow.
     """
-    gap = torch.zeros_like(log_a + log_rest)
-    for i in range(8):
-        log_ai = log_a if i == 0 else torch.logaddexp(log_a, torch.full_like(log_a, math.log(i)))
-        gap = gap + torch.exp(-log_ai) * torch.sigmoid(log_rest - log_ai)
-    log_an = torch.logaddexp(log_a, torch.full_like(log_a, math.log(8)))
-    inverse, share = torch.exp(-log_an), torch.sigmoid(log_rest - log_an)  # share = r / (a + r + 8)
-    gap = gap + softplus(log_rest - log_an) + 0.5 * inverse * share
-    # 1/x^2n - 1/y^2n with x/y = 1 - share: factor (1 - (1 - share)^2n) = share * (1 + c + ... + c^(2n-1))
-    complement = torch.sigmoid(log_an - log_rest)
-    power, series = inverse * inverse, 1 + complement
-    for n, bernoulli in enumerate(BERNOULLI, start=1):
-        gap = gap + bernoulli / (2 * n) * power * share * series
-        power = power * inverse * inverse
-        series = series + complement ** (2 * n) + complement ** (2 * n + 1)
-    return gap
+    log_a, log_rest = log_a.unsqueeze(-1), log_rest.unsqueeze(-1)
+    shifts = torch.tensor([math.log(i) if i else -math.inf for i in range(8)], dtype=log_a.dtype, device=log_a.device)
+    log_ai = torch.logaddexp(log_a, shifts)  # ln(a + i)
+    gap = (torch.exp(-log_ai) * torch.sigmoid(log_rest - log_ai)).sum(-1)
+    log_an = torch.logaddexp(log_a, torch.full_like(shifts[:1], math.log(8)))
+    log_gap = softplus(log_rest - log_an)  # ln((a + r + 8) / (a + 8))
+    # the series' terms c x^-p at x = a + 8 and at a + r + 8 differ by c (a + 8)^-p (1 - exp(-p log_gap))
+    powers = torch.tensor([1.0] + [2.0 * n for n in range(1, 8)], dtype=log_a.dtype, device=log_a.device)
+    factors = [0.5] + [bernoulli / (2 * n) for n, bernoulli in enumerate(BERNOULLI, start=1)]
+    factor = torch.tensor(factors, dtype=log_a.dtype, device=log_a.device)
+    series = factor * torch.exp(-powers * log_an) * torch.expm1(-powers * log_gap)
+    return gap + log_gap.squeeze(-1) - series.sum(-1)
 
 
 def kl_element(log_a: Tensor) -> Tensor:

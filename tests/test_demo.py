@@ -105,3 +105,33 @@ def test_interval_is_students():
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / 4 / 5)
     assert report.half_width(values) == pytest.approx(t.ppf(0.975, 4) * error, rel=1e-3)
     assert math.isnan(report.half_width([0.1]))
+
+
+def test_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path):
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    out = tmp_path / "out"
+    # bash gives background jobs an ignored SIGINT; the child must have Python's own handler.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cdc_models.cli import main; "
+    code += f"main(['demo', '--out={out}', '--splits=5', '--workers=1'])"
+    script = tmp_path / "run.py"  # spawned workers import the main module, so it must be a guarded file
+    script.write_text(f'if __name__ == "__main__":\n    {code}\n')
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "results.jsonl").exists() and (out / "results.jsonl").read_text().count("\n") >= 1:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "same command goes on from there" in " ".join(stdout.split())
+    done = [json.loads(x) for x in (out / "results.jsonl").read_text().splitlines()]
+    assert done and all(row["base"] > 0.3 for row in done)
