@@ -107,7 +107,9 @@ class Blocks:
     def close(self) -> None:
         """Hand the block of logits back for the next call."""
         kept = self._buffers.get(("logits", self.rows, self.columns))
-        if kept is not None and kept.device.type == "cpu" and kept.numel() <= BLOCK_ROWS * BLOCK_COLUMNS:
+        if type(kept) is not Tensor or kept.device.type != "cpu" or kept.is_inference():
+            kept = None
+        if kept is not None and self.rows * self.columns <= BLOCK_ROWS * BLOCK_COLUMNS:
             _idle.clear()  # one block at most outlives a call
             _idle[self._idle_key] = kept
         self._buffers.clear()

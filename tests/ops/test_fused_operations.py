@@ -1,6 +1,7 @@
 """fused_opinion, fused_topk and evidential_cross_entropy: every backend against float64 and the plain formulas."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -378,6 +379,25 @@ def test_inference_mode(backend):
     with torch.inference_mode():
         got = fused_opinion(image, text, scale=3.0, backend=backend).prob
     torch.testing.assert_close(got, fused_opinion(image, text, scale=3.0, backend=backend).prob)
+
+
+def test_calls_may_follow_each_other_in_any_mode():
+    """The block of logits that is kept between calls serves inference, training and threads alike."""
+    image, text = features(4, 2, 5, 8)
+    y = torch.arange(4)
+
+    def train(_=None):
+        t = text.clone().requires_grad_()
+        return torch.autograd.grad(evidential_cross_entropy(image, t, y, scale=3.0, backend="blocked"), t)[0]
+
+    expected = train()
+    with torch.inference_mode():
+        fused_opinion(image, text, scale=3.0, backend="blocked")
+    assert torch.equal(train(), expected)
+    fused_opinion(image.float(), text.float(), scale=3.0, backend="blocked")
+    assert torch.equal(train(), expected)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(g, expected) for g in pool.map(train, range(40)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
