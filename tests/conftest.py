@@ -9,9 +9,9 @@ if not torch.cuda.is_available():
     # before anything imports Triton: the kernels' tests run in its CPU interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from cdc_models.clip import ClipBackbone, load_clip  # noqa: E402
-from cdc_models.clip.sources import build_network  # noqa: E402
-from cdc_models.clip.tokenizer import cut_tokenizer  # noqa: E402
+from cdc_models.clip import ClipBackbone, load_clip
+from cdc_models.clip.sources import build_network
+from cdc_models.clip.tokenizer import cut_tokenizer
 
 SMALL = {
     "embed_dim": 16,

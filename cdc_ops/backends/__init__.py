@@ -24,6 +24,7 @@ from torch import Tensor
 from cdc_ops import checks
 
 BACKENDS = ("reference", "blocked", "triton")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
 
 
 class BackendUnavailableError(ValueError):
@@ -87,7 +88,9 @@ def choose(name: str | None, problem: Problem) -> Backend:
     checks.one_of("backend", name, BACKENDS)
     if name == "triton":
         _require_triton(problem)
-        return cast(Backend, importlib.import_module("cdc_ops.backends.triton"))
+        from cdc_ops.backends import triton
+
+        return cast(Backend, triton)
     if name == "reference":
         from cdc_ops.backends import reference
 
@@ -99,7 +102,7 @@ def _require_triton(problem: Problem) -> None:
     """The kernels can run on this problem, or one sentence why not."""
     why = None
     device = problem.image.device.type
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         why = "Triton is not installed"
     elif problem.dtype == torch.float64:
         why = "its kernels compute in float32, and an input is float64"

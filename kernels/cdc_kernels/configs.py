@@ -29,8 +29,8 @@ class Config:
     num_stages: int
 
 
-#: kind -> architecture -> (16-bit features, 32-bit features). KL needs registers for its gamma functions. Chosen so that
-#: no kernel spills much (benches/results/aot); speed on a device is still to be measured.
+#: kind -> architecture -> (16-bit features, 32-bit features). KL needs registers for its gamma functions. Chosen
+#: so that no kernel spills much (benches/results/aot); speed on a device is still to be measured.
 DEFAULTS: dict[str, dict[str, tuple[Config, Config]]] = {
     "forward": {
         "cuda90": (Config(128, 64, 64, 0, 8, 3), Config(64, 64, 32, 0, 8, 3)),

@@ -11,13 +11,11 @@ import triton
 import triton.language as tl
 
 from cdc_kernels.special import (
-    LN_8,
+    LN_4,
     NOTHING,
     digamma,
-    expm1,
     lgamma,
     log1p,
-    log1p_unit,
     log_expm1,
     logaddexp,
     sigmoid,
@@ -122,29 +120,33 @@ def kl_element(log_a):
 
     What grows linearly with a is left out here and in :func:`kl_total`, where it cancels.
     """
-    small = tl.exp(tl.minimum(log_a, LN_8))
+    small = tl.exp(tl.minimum(log_a, LN_4))
     near = (small - 1.0) * digamma(small) - lgamma(small) - small + 1.0
-    log_a = tl.maximum(log_a, LN_8)
+    log_a = tl.maximum(log_a, LN_4)
     inverse = tl.exp(-log_a)
     q = inverse * inverse
     odd = -0.16666666666666666 + q * (0.011111111111111112 - q * (0.004761904761904762 - q * 0.004761904761904762))
     even = 0.08333333333333333 - q * (0.008333333333333333 - q * (0.003968253968253968 - q * 0.004166666666666667))
     far = -0.4189385332046727 - 0.5 * log_a + inverse * (0.5 + odd + inverse * even)
-    return tl.where(log_a > LN_8, far, near)
+    return tl.where(log_a > LN_4, far, near)
 
 
 @triton.jit
 def kl_slope(log_a):
     """Derivative of :func:`kl_element` by ``ln a``: ``a ((a - 1) psi'(a) - 1)``."""
-    small = tl.exp(tl.minimum(log_a, LN_8))
+    small = tl.exp(tl.minimum(log_a, LN_4))
     near = small * ((small - 1.0) * trigamma(small) - 1.0)
-    log_a = tl.maximum(log_a, LN_8)
+    log_a = tl.maximum(log_a, LN_4)
     inverse = tl.exp(-log_a)
     q = inverse * inverse
-    odd = 0.16666666666666666 - q * (0.03333333333333333 - q * (0.023809523809523808 - q * 0.03333333333333333))
-    even = -0.16666666666666666 + q * (0.03333333333333333 - q * (0.023809523809523808 - q * 0.03333333333333333))
+    odd = 0.16666666666666666 - q * (
+        0.03333333333333333 - q * (0.023809523809523808 - q * (0.03333333333333333 - q * 0.07575757575757576))
+    )
+    even = -0.16666666666666666 + q * (
+        0.03333333333333333 - q * (0.023809523809523808 - q * (0.03333333333333333 - q * 0.07575757575757576))
+    )
     far = -0.5 + inverse * (-0.5 + odd + inverse * even)
-    return tl.where(log_a > LN_8, far, near)
+    return tl.where(log_a > LN_4, far, near)
 
 
 @triton.jit
@@ -157,13 +159,14 @@ def row_slope(
 
     The derivative of v by either is ``exp(lead)``. Row sums and their gradients [b] broadcast over the classes.
     """
-    slope = tl.exp(lead - total[:, None]) * g_total[:, None]
+    # off the target no exponent exceeds ln 2, or ln K; on it, where these slopes are dropped, exp may not overflow
+    slope = tl.exp(tl.minimum(lead - total[:, None], 1.0)) * g_total[:, None]
     if KL:
         slope += kl_slope(log_alpha + log_w) * tl.exp(lead - log_alpha) * g_kl[:, None]
     if SQUARE:
-        slope += 2.0 * tl.exp(log_alpha + lead - log_square[:, None]) * g_square[:, None]
+        slope += 2.0 * tl.exp(tl.minimum(log_alpha + lead - log_square[:, None], 80.0)) * g_square[:, None]
     if TARGET:
-        slope = tl.where(is_target, tl.exp(lead - log_target[:, None]) * g_target[:, None], slope)
+        slope = tl.where(is_target, tl.exp(tl.minimum(lead - log_target[:, None], 80.0)) * g_target[:, None], slope)
     return slope
 
 
@@ -180,7 +183,7 @@ def digamma_gap(log_a, log_rest):
     by_a = log_a * 0  # r-dependence of a psi'(a), with a minus sign
     by_rest = log_a * 0  # r psi'(a + r)
     for i in tl.static_range(9):
-        if i == 0:
+        if i == 0:  # noqa: SIM108 (a branch at compile time)
             log_ai = log_a
         else:
             log_ai = logaddexp(log_a, tl.log(log_a * 0 + i))
@@ -220,22 +223,24 @@ def digamma_gap(log_a, log_rest):
 @triton.jit
 def kl_total(log_total, K):
     """``lnG(S) - (S - K) psi(S) + S - (lnG(K) + K)`` and its derivative by ``ln S``."""
-    small = tl.exp(tl.minimum(log_total, LN_8))
+    small = tl.exp(tl.minimum(log_total, LN_4))
     classes = log_total * 0 + K
     near = lgamma(small) - (small - classes) * digamma(small) + small
     near_slope = small * (1.0 - (small - classes) * trigamma(small))
-    far_log = tl.maximum(log_total, LN_8)
+    far_log = tl.maximum(log_total, LN_4)
     inverse = tl.exp(-far_log)
     q = inverse * inverse
     odd = 0.16666666666666666 - q * (0.011111111111111112 - q * (0.004761904761904762 - q * 0.004761904761904762))
     even = 0.08333333333333333 - q * (0.008333333333333333 - q * (0.003968253968253968 - q * 0.004166666666666667))
     far = (classes - 0.5) * far_log + 1.4189385332046727 + inverse * (odd - classes * (0.5 + inverse * even))
-    odd = 0.16666666666666666 - q * (0.03333333333333333 - q * (0.023809523809523808 - q * 0.03333333333333333))
+    odd = 0.16666666666666666 - q * (
+        0.03333333333333333 - q * (0.023809523809523808 - q * (0.03333333333333333 - q * 0.07575757575757576))
+    )
     # S (1 - (S - K) psi'(S)) = K - 1/2 + (K / 2 - 1/6 ..) / S + ..
     far_slope = classes - 0.5 + inverse * (classes * (0.5 + inverse * odd) - odd)
-    value = tl.where(log_total > LN_8, far, near)
+    value = tl.where(log_total > LN_4, far, near)
     constant = lgamma(classes) + classes
-    return value - constant, tl.where(log_total > LN_8, far_slope, near_slope)
+    return value - constant, tl.where(log_total > LN_4, far_slope, near_slope)
 
 
 @triton.jit

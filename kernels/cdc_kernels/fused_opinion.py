@@ -241,7 +241,7 @@ def finish_kernel(
 def load_rows(
     planes_ptr, r, rows, B, R, TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr
 ):  # fmt: skip
-    """One opinion's row sums and their gradients: total, log_target, log_square, then the gradient of each and of KL."""
+    """One opinion's total, log_target and log_square, then the gradients of these three and of kl_sum."""
     size = R.to(tl.int64) * B
     at = planes_ptr + r.to(tl.int64) * B + rows
     total = tl.load(at)

@@ -184,9 +184,8 @@ def run_forward(
 def run_finish(call: Call, partial: Tensor, sums: Tensor, opinions: int) -> None:
     """Launch the reduction of partial row sums."""
     B, K = call.sizes["B"], call.sizes["K"]
-    if not call.flags["TARGET"]:
-        log_others = 0.0
-    else:
+    log_others = 0.0
+    if call.flags["TARGET"]:
         log_others = math.log((K - 1) / K) if K > 1 else float(NOTHING.value)
     finish_kernel[(triton.cdiv(B, FINISH_ROWS), opinions)](
         partial,

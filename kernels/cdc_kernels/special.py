@@ -19,7 +19,7 @@ Below 1e-19 trigamma leaves float32 and is inf. ``NOTHING`` stands for ``ln 0``:
 difference of two of them is nan.
 
 The polynomials were fitted by us: Chebyshev interpolation of log1p(x)/x on [0, 1] and of expm1(x)/x on
-[-1/2, 1/2]. Gamma functions shift their argument past 8 by the recurrence and take the asymptotic (Bernoulli)
+[-1/2, 1/2]. Gamma functions shift their argument past 4 by the recurrence and take the asymptotic (Bernoulli)
 series there, DLMF 5.11 and 5.15.
 """
 
@@ -28,7 +28,7 @@ import triton.language as tl
 
 NOTHING = tl.constexpr(-1e30)
 LN_2PI_HALF = tl.constexpr(0.9189385332046727)
-LN_8 = tl.constexpr(2.0794415416798357)
+LN_4 = tl.constexpr(1.3862943611198906)
 
 
 @triton.jit
@@ -95,14 +95,14 @@ def log_expm1(x):
 
 @triton.jit
 def _shift(x):
-    """x moved past 8 by ``x + 8`` where it is below, the square of its inverse, and whether it was moved."""
-    moved = x < 8.0
-    return tl.where(moved, x + 8.0, x), moved
+    """x + 4 where x is below 4, else x; and whether it was moved."""
+    moved = x < 4.0
+    return tl.where(moved, x + 4.0, x), moved
 
 
 @triton.jit
 def _digamma_tail(inverse):
-    """``ln x - psi(x)`` from ``1 / x`` for x >= 8."""
+    """``ln x - psi(x)`` from ``1 / x`` for x >= 4."""
     q = inverse * inverse
     series = q * (
         0.08333333333333333 - q * (0.008333333333333333 - q * (0.003968253968253968 - q * 0.004166666666666667))
@@ -112,7 +112,7 @@ def _digamma_tail(inverse):
 
 @triton.jit
 def _lgamma_tail(inverse):
-    """``lnG(x) - (x - 1/2) ln x + x - ln(2 pi) / 2`` from ``1 / x`` for x >= 8."""
+    """``lnG(x) - (x - 1/2) ln x + x - ln(2 pi) / 2`` from ``1 / x`` for x >= 4."""
     q = inverse * inverse
     return inverse * (
         0.08333333333333333 - q * (0.002777777777777778 - q * (0.0007936507936507937 - q * 0.0005952380952380953))
@@ -120,19 +120,9 @@ def _lgamma_tail(inverse):
 
 
 @triton.jit
-def _product_to_8(x):
-    """``x (x + 1) .. (x + 7)`` for x < 8, as two factors, neither of which overflows or underflows."""
-    low = x * (x + 1.0) * (x + 2.0) * (x + 3.0)
-    return low, (x + 4.0) * (x + 5.0) * (x + 6.0) * (x + 7.0)
-
-
-@triton.jit
-def _inverse_sum_to_8(x):
-    """``1/x + 1/(x + 1) + .. + 1/(x + 7)`` for x < 8."""
-    total = 1.0 / x
-    for i in tl.static_range(1, 8):
-        total += 1.0 / (x + i)
-    return total
+def _inverse_sum_to_4(x):
+    """``1/x + 1/(x + 1) + 1/(x + 2) + 1/(x + 3)``."""
+    return 1.0 / x + 1.0 / (x + 1.0) + 1.0 / (x + 2.0) + 1.0 / (x + 3.0)
 
 
 @triton.jit
@@ -140,8 +130,8 @@ def lgamma(x):
     """Logarithm of the gamma function for x > 0."""
     large, moved = _shift(x)
     value = large * (tl.log(large) - 1.0) - 0.5 * tl.log(large) + LN_2PI_HALF + _lgamma_tail(1.0 / large)
-    low, high = _product_to_8(tl.minimum(x, 8.0))
-    return tl.where(moved, value - tl.log(low) - tl.log(high), value)
+    small = tl.minimum(x, 4.0)
+    return tl.where(moved, value - tl.log(small * (small + 1.0) * (small + 2.0) * (small + 3.0)), value)
 
 
 @triton.jit
@@ -149,7 +139,7 @@ def digamma(x):
     """``psi(x)`` for x > 0."""
     large, moved = _shift(x)
     value = tl.log(large) - _digamma_tail(1.0 / large)
-    return tl.where(moved, value - _inverse_sum_to_8(tl.minimum(x, 8.0)), value)
+    return tl.where(moved, value - _inverse_sum_to_4(tl.minimum(x, 4.0)), value)
 
 
 @triton.jit
@@ -158,10 +148,12 @@ def trigamma(x):
     large, moved = _shift(x)
     inverse = 1.0 / large
     q = inverse * inverse
-    series = 0.16666666666666666 - q * (0.03333333333333333 - q * (0.023809523809523808 - q * 0.03333333333333333))
+    series = 0.16666666666666666 - q * (
+        0.03333333333333333 - q * (0.023809523809523808 - q * (0.03333333333333333 - q * 0.07575757575757576))
+    )
     value = inverse * (1.0 + inverse * (0.5 + inverse * series))
-    small = tl.minimum(x, 8.0)
-    for i in tl.static_range(8):
+    small = tl.minimum(x, 4.0)
+    for i in tl.static_range(4):
         value += tl.where(moved, (1.0 / (small + i)) * (1.0 / (small + i)), 0.0)
     return value
 
@@ -169,6 +161,6 @@ def trigamma(x):
 @triton.jit
 def digamma_of_log(t):
     """``psi(exp(t))``: at any t that exp would overflow, ``t - exp(-t) / 2`` and what follows."""
-    near = digamma(tl.exp(tl.minimum(t, LN_8)))
-    far = tl.maximum(t, LN_8)
-    return tl.where(t < LN_8, near, far - _digamma_tail(tl.exp(-far)))
+    near = digamma(tl.exp(tl.minimum(t, LN_4)))
+    far = tl.maximum(t, LN_4)
+    return tl.where(t < LN_4, near, far - _digamma_tail(tl.exp(-far)))
