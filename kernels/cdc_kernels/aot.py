@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cdc_kernels import fused_opinion
+from cdc_kernels import decoupling, fused_opinion, fusion
 from cdc_kernels.configs import DEFAULTS, Config
 
 #: name -> target, key of DEFAULTS, shared memory a block may use (bytes), the matrix instruction to look for
@@ -30,16 +30,18 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), "hip", 64 * 1024, "mfma"),
 }
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-KERNELS = {"forward": "forward", "image": "gradient", "text": "gradient", "finish": "finish"}
+KERNELS = {"forward": "forward", "image": "gradient", "text": "gradient"}
+ELEMENTWISE = ("finish", "fuse_forward", "fuse_backward", "decoupling_forward", "decoupling_backward")
+MODULES = {"fuse": fusion, "decoupling": decoupling}
 #: What a kernel may do: sums with a target and KL are the heaviest ordinary case, opinion the lightest.
 CASES: dict[str, dict[str, Any]] = {
     "opinion": {"TARGET": False, "SQUARE": False, "KL": False, "RATIO": True, "G_RATIO": True},
     "loss": {"TARGET": True, "SQUARE": False, "KL": False, "RATIO": False, "G_RATIO": False},
     "loss+kl": {"TARGET": True, "SQUARE": False, "KL": True, "RATIO": False, "G_RATIO": False},
 }
-INT32 = {"B", "M", "K", "D", "R", "first", "last", "tile0", "tiles", "group"}
+INT32 = {"total", "e_n", "e_m", "e_k", "B", "M", "K", "D", "R", "first", "last", "tile0", "tiles", "group"}
 STRIDES = {"x_b", "x_m", "t_m", "t_k", "xi_b", "xi_m", "ratio_b", "g_ratio_b", "gi_b", "gi_m"}
-FLOATS = {"log_w", "log_share", "log_share_of_class", "log_others"}
+FLOATS = {"top", "log_w", "log_share", "log_share_of_class", "log_others"}
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,10 @@ class Report:
 
 def source(kernel: str, case: str, dtype: str, arch: str) -> tuple[ASTSource, dict[str, int]]:
     """A kernel with its default configuration as Triton's compiler takes it, and the compiler's options."""
-    function = getattr(fused_opinion, f"{kernel}_kernel")
+    function = getattr(MODULES.get(kernel.split("_")[0], fused_opinion), f"{kernel}_kernel")
     flags = CASES[case]
-    if kernel == "finish":
-        config = Config(32, 0, 0, 0, 4, 1)
+    if kernel in ELEMENTWISE:
+        config = Config(32, 0, 512, 0, 4, 1)
     else:
         kind = KERNELS[kernel] + ("_kl" if flags["KL"] else "")
         config = DEFAULTS[kind][arch][0 if DTYPES[dtype] == 2 else 1]
@@ -87,8 +89,11 @@ def source(kernel: str, case: str, dtype: str, arch: str) -> tuple[ASTSource, di
         "BLOCK_D": config.features,
         "OUT_D": config.out,
         "BLOCK_T": 32,
+        "BLOCK": 1024,
+        "SQUARED": True,
+        "BLOCK_M": 4,
     }
-    features = {"x_ptr", "t_ptr", "g_text_ptr"}
+    features = {"x_ptr", "t_ptr", "g_text_ptr", "g_t_ptr"}
     signature, constexprs, attrs = {}, {}, {}
     for at, name in enumerate(function.arg_names):
         aligned = False
@@ -158,9 +163,9 @@ def everything() -> Iterator[tuple[str, str, str, str]]:
     """Every kernel, case, dtype and target."""
     for target in TARGETS:
         for dtype in DTYPES:
-            for kernel in KERNELS:
+            for kernel in (*KERNELS, *ELEMENTWISE):
                 for case in CASES:
-                    if kernel != "finish" or (dtype == "fp32" and case != "opinion"):
+                    if kernel not in ELEMENTWISE or (dtype, case) == ("fp32", "loss+kl"):
                         yield kernel, case, dtype, target
 
 

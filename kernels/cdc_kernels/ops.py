@@ -158,3 +158,76 @@ def _(
     B, M = image.shape[0], text.shape[0]
     classes = torch.empty((B, k), dtype=torch.int64, device=image.device)
     return classes, scale.new_empty((B, k)), scale.new_empty((4, M + 1, B))
+
+
+@torch.library.custom_op("cdc_kernels::fuse_evidence", mutates_args=())
+def fuse_evidence(evidence: Tensor, rule: str, prior_weight: float) -> Tensor:
+    """Fused evidence [N, K] of [N, M, K], rules dempster, cumulative, averaging; one pass over memory."""
+    if rule not in ("dempster", "cumulative", "averaging"):
+        raise ValueError(f"rule must be 'dempster', 'cumulative' or 'averaging'; got {rule!r}")
+    return launch.fuse_evidence(evidence, rule, prior_weight)
+
+
+@fuse_evidence.register_fake
+def _(evidence: Tensor, rule: str, prior_weight: float) -> Tensor:
+    N, _, K = evidence.shape
+    return evidence.new_empty((N, K), dtype=torch.float32)
+
+
+@torch.library.custom_op("cdc_kernels::fuse_evidence_backward", mutates_args=())
+def fuse_evidence_backward(evidence: Tensor, grad: Tensor, rule: str, prior_weight: float) -> Tensor:
+    """Gradient of :func:`fuse_evidence`."""
+    return launch.fuse_evidence_backward(evidence, grad, rule, prior_weight)
+
+
+@fuse_evidence_backward.register_fake
+def _(evidence: Tensor, grad: Tensor, rule: str, prior_weight: float) -> Tensor:
+    return torch.empty_like(evidence, memory_format=torch.contiguous_format)
+
+
+def _save_evidence(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    evidence, ctx.rule, ctx.prior_weight = inputs
+    ctx.save_for_backward(evidence)
+
+
+def _backward_evidence(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (evidence,) = ctx.saved_tensors
+    return fuse_evidence_backward(evidence, grad, ctx.rule, ctx.prior_weight), None, None
+
+
+fuse_evidence.register_autograd(_backward_evidence, setup_context=_save_evidence)
+
+
+@torch.library.custom_op("cdc_kernels::decoupling", mutates_args=())
+def decoupling(text: Tensor, squared: bool) -> Tensor:
+    """``sum_{m > n} cos(t_mk, t_nk)`` (or of its square) of each class [K] of text [M, K, D]; one read of text."""
+    return launch.decoupling(text, squared)
+
+
+@decoupling.register_fake
+def _(text: Tensor, squared: bool) -> Tensor:
+    return text.new_empty(text.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("cdc_kernels::decoupling_backward", mutates_args=())
+def decoupling_backward(text: Tensor, grad: Tensor, squared: bool) -> Tensor:
+    """Gradient of :func:`decoupling`."""
+    return launch.decoupling_backward(text, grad, squared)
+
+
+@decoupling_backward.register_fake
+def _(text: Tensor, grad: Tensor, squared: bool) -> Tensor:
+    return torch.empty_like(text, memory_format=torch.contiguous_format)
+
+
+def _save_text(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    text, ctx.squared = inputs
+    ctx.save_for_backward(text)
+
+
+def _backward_text(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (text,) = ctx.saved_tensors
+    return decoupling_backward(text, grad, ctx.squared), None
+
+
+decoupling.register_autograd(_backward_text, setup_context=_save_text)

@@ -23,7 +23,7 @@ def check(report):
     assert report["shared"] <= shared, report
     assert report["stack"] <= STACK, report
     assert report["warp"] == (64 if report["target"] == "gfx942" else 32), report
-    products = report["kernel"] != "finish" and (report["dtype"] != "fp32" or report["target"] == "gfx942")
+    products = report["kernel"] not in aot.ELEMENTWISE and (report["dtype"] != "fp32" or report["target"] == "gfx942")
     assert (report["matrix_instructions"] > 0) == products, report
 
 
