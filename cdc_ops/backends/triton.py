@@ -1,7 +1,7 @@
 """Triton kernels: fused forward and backward on a GPU, or in Triton's interpreter on a CPU.
 
-The row sums of :mod:`cdc_ops.dirichlet` come from one operator, whose gradients are kernels too; what follows
-them is [B, M + 1] and plain PyTorch.
+The row sums of :mod:`cdc_ops.dirichlet` come from one operator and the losses of opinions from another; their
+gradients are kernels too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from cdc_kernels import ops
 from torch import Tensor
 
 from cdc_ops.backends import LossForm, Problem
-from cdc_ops.dirichlet import RowSums, loss_from_row_sums
 from cdc_ops.fusion import confidence_weight
 
 EPS = 1e-12
@@ -46,19 +45,18 @@ def rule_weight(problem: Problem, inputs: tuple[Tensor | None, ...]) -> Tensor |
 def row_sums(
     problem: Problem, target: Tensor | None, square: bool, kl: bool, want_ratio: bool
 ) -> tuple[Tensor, Tensor]:
-    """log_ratio and row sums [4, B, M + 1]; the fused opinion last."""
+    """log_ratio and row sums [4, M + 1, B]; the fused opinion last."""
     inputs = arguments(problem)
     weight = rule_weight(problem, inputs)
     options = problem.activation, problem.rule, problem.prior_weight, square, kl, want_ratio, True
-    ratio, sums = ops.row_sums(*inputs, weight, target, *options)
-    return ratio, sums.transpose(1, 2)
+    return ops.row_sums(*inputs, weight, target, *options)
 
 
 def fused_opinion(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`cdc_ops.backends`."""
     M = problem.sizes[1]
     ratio, sums = row_sums(problem, None, False, False, True)
-    return ratio, sums[0, :, M], sums[0, :, :M]
+    return ratio, sums[0, M], sums[0, :M].t()
 
 
 def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,8 +72,5 @@ def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """See :mod:`cdc_ops.backends`."""
     _, M, K = problem.sizes
     _, sums = row_sums(problem, target, loss.form == "mse", loss.kl_weight != 0, False)
-    total, log_target, log_square, kl_sum = sums.unbind()
-    each = loss_from_row_sums(
-        RowSums(log_target, total, log_square, kl_sum), K, problem.prior_weight, loss.form, loss.kl_weight
-    )
-    return loss.prompt_weight * each[:, :M].sum(1) + loss.fused_weight * each[:, M]
+    each, _ = ops.row_loss(sums, K, problem.prior_weight, loss.form, loss.kl_weight)
+    return loss.prompt_weight * each[:M].sum(0) + loss.fused_weight * each[M]

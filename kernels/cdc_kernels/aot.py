@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cdc_kernels import decoupling, fused_opinion, fusion
+from cdc_kernels import decoupling, fused_opinion, fusion, row_loss
 from cdc_kernels.configs import DEFAULTS, Config
 
 #: name -> target, key of DEFAULTS, shared memory a block may use (bytes), the matrix instruction to look for
@@ -31,8 +31,8 @@ TARGETS = {
 }
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 KERNELS = {"forward": "forward", "image": "gradient", "text": "gradient"}
-ELEMENTWISE = ("finish", "fuse_forward", "fuse_backward", "decoupling_forward", "decoupling_backward")
-MODULES = {"fuse": fusion, "decoupling": decoupling}
+ELEMENTWISE = ("finish", "fuse_forward", "fuse_backward", "decoupling_forward", "decoupling_backward", "row_loss")
+MODULES = {"fuse": fusion, "decoupling": decoupling, "row": row_loss}
 #: What a kernel may do: sums with a target and KL are the heaviest ordinary case, opinion the lightest.
 CASES: dict[str, dict[str, Any]] = {
     "opinion": {"TARGET": False, "SQUARE": False, "KL": False, "RATIO": True, "G_RATIO": True},
@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 INT32 = {"total", "e_n", "e_m", "e_k", "B", "M", "K", "D", "R", "first", "last", "tile0", "tiles", "group"}
 STRIDES = {"x_b", "x_m", "t_m", "t_k", "xi_b", "xi_m", "ratio_b", "g_ratio_b", "gi_b", "gi_m"}
-FLOATS = {"top", "log_w", "log_share", "log_share_of_class", "log_others"}
+FLOATS = {"top", "kl_weight", "log_w", "log_share", "log_share_of_class", "log_others"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def source(kernel: str, case: str, dtype: str, arch: str) -> tuple[ASTSource, di
         "BLOCK_D": config.features,
         "OUT_D": config.out,
         "BLOCK_T": 32,
-        "BLOCK": 1024,
+        "BLOCK": 128 if kernel == "row_loss" else 1024,
+        "FORM": "digamma",
         "SQUARED": True,
         "BLOCK_M": 4,
     }

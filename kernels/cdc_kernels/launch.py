@@ -16,6 +16,7 @@ from cdc_kernels.configs import INTERPRETER, Config
 from cdc_kernels.decoupling import decoupling_backward_kernel, decoupling_forward_kernel
 from cdc_kernels.fused_opinion import finish_kernel, forward_kernel, image_kernel, text_kernel
 from cdc_kernels.fusion import fuse_backward_kernel, fuse_forward_kernel
+from cdc_kernels.row_loss import row_loss_kernel
 from cdc_kernels.special import NOTHING
 
 #: The loss's backward pass makes the fused log ratio again, for so many numbers (16 MB) of it at a time.
@@ -24,6 +25,7 @@ RATIO_NUMBERS = 2**22
 TOPK_COLUMNS = 4096
 FINISH_ROWS, FINISH_TILES = 32, 32
 FUSE_BLOCK = 1024
+LOSS_BLOCK = 128
 #: A class's text features are held in registers by one program: at most so many numbers.
 DECOUPLING_NUMBERS = 16384
 
@@ -427,3 +429,24 @@ def decoupling_backward(text: Tensor, grad: Tensor, squared: bool) -> Tensor:
             text, grad.contiguous(), g_text, K=text.shape[1], **_decoupling_numbers(text, squared)
         )
     return g_text
+
+
+def row_loss(sums: Tensor, classes: int, prior_weight: float, form: str, kl_weight: float) -> tuple[Tensor, Tensor]:
+    """Loss [R, B] of each opinion from row sums [4, R, B], and its gradient [4, R, B] by these."""
+    sums = sums.contiguous()
+    loss, grad = sums.new_empty(sums.shape[1:]), torch.empty_like(sums)
+    if loss.numel():
+        with on_device(sums):
+            row_loss_kernel[(triton.cdiv(loss.numel(), LOSS_BLOCK),)](
+                sums,
+                loss,
+                grad,
+                loss.numel(),
+                classes,
+                math.log(prior_weight),
+                kl_weight,
+                FORM=form,
+                KL=kl_weight != 0 and classes > 1,
+                BLOCK=LOSS_BLOCK,
+            )
+    return loss, grad

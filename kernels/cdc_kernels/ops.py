@@ -131,6 +131,30 @@ def _backward(ctx: Any, g_ratio: Tensor | None, g_sums: Tensor | None) -> tuple[
 row_sums.register_autograd(_backward, setup_context=_save)
 
 
+@torch.library.custom_op("cdc_kernels::row_loss", mutates_args=())
+def row_loss(sums: Tensor, classes: int, prior_weight: float, form: str, kl_weight: float) -> tuple[Tensor, Tensor]:
+    """Evidential loss [R, B] from row sums [4, R, B], and its gradient by them; see :mod:`cdc_kernels.row_loss`."""
+    return launch.row_loss(sums, classes, prior_weight, form, kl_weight)
+
+
+@row_loss.register_fake
+def _(sums: Tensor, classes: int, prior_weight: float, form: str, kl_weight: float) -> tuple[Tensor, Tensor]:
+    return sums.new_empty(sums.shape[1:]), torch.empty_like(sums, memory_format=torch.contiguous_format)
+
+
+def _save_row_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_row_loss(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None, None]:
+    (by_sums,) = ctx.saved_tensors
+    return by_sums * grad, None, None, None, None
+
+
+row_loss.register_autograd(_backward_row_loss, setup_context=_save_row_loss)
+
+
 @torch.library.custom_op("cdc_kernels::topk", mutates_args=())
 def topk(
     image: Tensor,

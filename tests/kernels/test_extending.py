@@ -5,7 +5,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-
 from cdc_kernels import epilogue, fused_opinion, launch  # noqa: E402
 from cdc_kernels.special import NOTHING, log1p  # noqa: E402
 

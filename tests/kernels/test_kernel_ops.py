@@ -1,5 +1,6 @@
 """The operators as PyTorch sees them: opcheck, tracing, autocast, bad input, absence of Triton."""
 
+import math
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ from cdc_kernels import configs, ops  # noqa: E402
 from cdc_kernels.fused_opinion import forward_kernel  # noqa: E402
 
 from cdc_ops import BackendUnavailableError, evidential_cross_entropy, fused_opinion, fused_topk  # noqa: E402
+from cdc_ops.dirichlet import RowSums, loss_from_row_sums  # noqa: E402
+from cdc_ops.special import kl_element  # noqa: E402
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU instead")
 
@@ -45,6 +48,34 @@ def test_opcheck_backward():
     torch.library.opcheck(
         ops.row_sums_backward, (*x, torch.rand(2, 2), None, *options, planes, ratio, None, True, False, True, True)
     )
+
+
+@pytest.mark.parametrize("form", ["digamma", "log", "mse"])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.7])
+def test_row_loss_of_far_opinions(form, kl_weight):
+    """Every form over evidence from 1e-8 to e^100 on and off the target, against the reference in float64."""
+    K, W = 5, 3.0
+    g = torch.Generator().manual_seed(0)
+    log_target, log_alpha = 60 * torch.randn(2, 400, generator=g), 60 * torch.randn(4, 400, generator=g)
+    floor = torch.tensor(1 / K).log()  # alpha is never below W / K
+    log_target, log_alpha = log_target[0].clamp_min(floor), log_alpha.clamp_min(floor)
+    kl_sum = kl_element((log_alpha + math.log(W)).double()).sum(0).float()
+    parts = [log_alpha.logsumexp(0), log_target, (2 * log_alpha).logsumexp(0), kl_sum]
+    mine_in = torch.stack(parts)[:, None].requires_grad_()
+    right_in = [v.double().requires_grad_() for v in parts]
+    mine, _ = ops.row_loss(mine_in, K, W, form, kl_weight)
+    rest, target, square, kl = right_in
+    right = loss_from_row_sums(RowSums(target, rest, square, kl), K, W, form, kl_weight)
+    torch.testing.assert_close(mine[0].double(), right, rtol=2e-5, atol=1e-6)
+    mine.sum().backward()
+    slopes = torch.autograd.grad(right.sum(), right_in, allow_unused=True)
+    for ours, theirs in zip(mine_in.grad[:, 0], slopes, strict=True):
+        theirs = torch.zeros(400, dtype=torch.float64) if theirs is None else theirs
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=1e-6)
+
+
+def test_opcheck_row_loss():
+    torch.library.opcheck(ops.row_loss, (torch.rand(4, 3, 2, requires_grad=True), 5, 5.0, "digamma", 0.5))
 
 
 def test_opcheck_topk():
