@@ -62,6 +62,8 @@ def demo(
     console = Console()
     if task not in TASKS:
         raise ValueError(f"task: expected one of {TASKS}, got {task!r}")
+    if partition not in ("test", "validation"):
+        raise ValueError(f"partition: expected 'test' or 'validation', got {partition!r}")
     if not 1 <= splits <= (5 if partition == "test" else 2) or seeds < 1:
         raise ValueError(f"splits, seeds: expected 1 to 5 splits (validation: 2) and seeds >= 1, got {splits}, {seeds}")
     settings = ABLATIONS if ablation else SETTINGS
@@ -119,8 +121,9 @@ def demo(
     console.print(
         "base, new, H: accuracy in %, ± deviation over runs.  H − …: paired by class split, ± 95 % interval.  "
         "ECE: calibration error on base classes, before and after fitting temperature or evidence head on 4 further "
-        "shots a class.  AURC: risk over coverage, lower is better.  unknown AUROC: new classes' images among base "
-        "classes' images, told apart by uncertainty.",
+        "shots a class.  AURC: risk over coverage, least probable answers refused first; lower is better.  AUROC: "
+        "images of new classes shown to the base classifier, told from base images by largest probability, and by "
+        "the method's own uncertainty (CDC: vacuity).",
         style="dim",
     )
     out.mkdir(parents=True, exist_ok=True)

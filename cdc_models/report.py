@@ -29,7 +29,9 @@ _MEANS = (
     "ece_base",
     "ece_new",
     "aurc_base",
+    "aurc_uncertainty_base",
     "unknown_auroc",
+    "unknown_auroc_prob",
     "uncertainty_right",
     "uncertainty_wrong",
     "seconds_train",
@@ -103,7 +105,8 @@ def tables(summary: dict[str, dict[str, Any]], reference: str, title: str) -> tu
         "ECE raw",
         "ECE fitted",
         "AURC",
-        "unknown AUROC",
+        "AUROC prob.",
+        "AUROC unc.",
         "train s",
     ]
     body = []
@@ -121,6 +124,7 @@ def tables(summary: dict[str, dict[str, Any]], reference: str, title: str) -> tu
                 _percent(s["ece_base_uncalibrated"]),
                 _percent(s["ece_base"]),
                 _percent(s["aurc_base"]),
+                _percent(s["unknown_auroc_prob"]),
                 _percent(s["unknown_auroc"]),
                 f"{s['seconds_train']:.1f}",
             ]
@@ -164,8 +168,8 @@ def plot_bars(summary: dict[str, dict[str, Any]], path: Path, title: str) -> Non
         bars = ax.bar(at, heights, width * 0.92, yerr=errors, capsize=2, color=COLOURS[i % len(COLOURS)], label=label)
         size = 7 if len(labels) <= 5 else 5.5
         ax.bar_label(bars, fmt="%.1f", fontsize=size, padding=2)
-    lowest = min(100 * min(s["base"], s["new"]) for s in summary.values())
-    ax.set_ylim(max(0, math.floor((lowest - 12) / 10) * 10), None)
+    ax.set_ylim(0, None)
+    ax.margins(y=0.12)
     ax.set_xticks(range(3), ["base classes", "new classes", "harmonic mean"])
     ax.set_ylabel("accuracy (%)")
     ax.set_title(title, fontsize=10)
@@ -199,7 +203,7 @@ def plot_reliability(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_coverage(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy of what is still answered when the most uncertain images are refused."""
+    """Accuracy of what is still answered when the least probable answers are refused."""
     figure, axes = _figure(9, 4, columns=2)
     for ax, half in zip(axes, ("base", "new"), strict=True):
         for i, (label, own) in enumerate(_of_label(rows).items()):
@@ -207,7 +211,7 @@ def plot_coverage(rows: Sequence[dict[str, Any]], path: Path) -> None:
             mean = [100 * fmean(column) for column in zip(*runs, strict=True)]
             coverage = [100 * (j + 1) / len(mean) for j in range(len(mean))]
             ax.plot(coverage, mean, color=COLOURS[i % len(COLOURS)], label=label)
-        ax.set(xlim=(100, 5), xlabel="images answered (%), most uncertain refused first", ylabel="accuracy (%)")
+        ax.set(xlim=(100, 5), xlabel="images answered (%), least probable refused first", ylabel="accuracy (%)")
         ax.set_title(f"{half} classes", fontsize=10)
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8, frameon=False, loc="upper left")

@@ -24,11 +24,14 @@ class Evaluation:
         accuracy: part of right answers, in [0, 1].
         ece: expected calibration error of the largest probability, 15 equal bins, l1 (Guo et al., ICML 2017).
         brier: sum over classes of squared error, mean over images, in [0, 2] (Brier 1950).
-        aurc: area under the risk-coverage curve when the most uncertain are refused first; lower is better
-            (Geifman et al., ICLR 2019).
+        aurc: area under the risk-coverage curve when the least probable answers are refused first; lower is
+            better (Geifman et al., ICLR 2019).
+        aurc_uncertainty: the same when the highest `uncertainty` is refused first. For softmax methods the two
+            are one; vacuity says how little evidence there is, not which of two likely classes is right.
         uncertainty_right, uncertainty_wrong: mean uncertainty of right and of wrong answers (nan if there are none).
-        unknown_auroc: how well uncertainty tells images of unknown classes from known ones, both shown to the
+        unknown_auroc: how well `uncertainty` tells images of unknown classes from known ones, both shown to the
             same K-class classifier; 0.5 is chance; None if no unknown images were given.
+        unknown_auroc_prob: the same by one minus the largest probability.
         count: number of images. seconds: wall time.
         prob [N, K], uncertainty [N], targets [N]: the records, on the CPU, for plots.
     """
@@ -37,9 +40,11 @@ class Evaluation:
     ece: float
     brier: float
     aurc: float
+    aurc_uncertainty: float
     uncertainty_right: float
     uncertainty_wrong: float
     unknown_auroc: float | None
+    unknown_auroc_prob: float | None
     count: int
     seconds: float
     prob: Tensor
@@ -118,6 +123,14 @@ def _predict_all(model: Method, features: Features, batch: int = 1024) -> tuple[
     return torch.cat([p.prob.float().cpu() for p in said]), torch.cat([p.uncertainty.float().cpu() for p in said])
 
 
+def _auroc(known: Tensor, unknown: Tensor) -> float:
+    score = torch.cat([known, unknown]).double()
+    is_unknown = torch.cat([torch.zeros(len(known)), torch.ones(len(unknown))]).long()
+    # AUROC asks for the order only, and torchmetrics wants scores in [0, 1]: ranks keep every difference.
+    ranks = torch.unique(score, return_inverse=True)[1].double()
+    return float(binary_auroc(ranks / max(float(ranks.max()), 1.0), is_unknown))
+
+
 def evaluate(
     model: Method,
     loader: Labelled,
@@ -147,15 +160,13 @@ def evaluate(
             f"targets: expected class indices in [0, {count}), got {int(targets.min())} to {int(targets.max())}"
         )
     correct = prob.argmax(-1) == targets
-    auroc = None
+    doubt = 1 - prob.double().amax(-1)
+    by_uncertainty = by_prob = None
     if unknown is not None:
         strangers = extract_features(model, unknown, progress=progress, what="images of unknown classes")
-        _, unknown_uncertainty = _predict_all(model, strangers)
-        score = torch.cat([uncertainty, unknown_uncertainty])
-        is_unknown = torch.cat([torch.zeros(len(uncertainty)), torch.ones(len(unknown_uncertainty))]).long()
-        # AUROC asks for the order only; ranks keep differences that float32 scores near 0 or 1 would lose.
-        ranks = torch.unique(score.double(), return_inverse=True)[1].double()
-        auroc = float(binary_auroc(ranks / max(float(ranks.max()), 1.0), is_unknown))
+        strange_prob, strange_uncertainty = _predict_all(model, strangers)
+        by_uncertainty = _auroc(uncertainty, strange_uncertainty)
+        by_prob = _auroc(doubt, 1 - strange_prob.double().amax(-1))
     ece = 0.0
     if count > 1:
         ece = float(multiclass_calibration_error(prob, targets, num_classes=count, n_bins=15, norm="l1"))
@@ -164,10 +175,12 @@ def evaluate(
         accuracy=float(correct.double().mean()),
         ece=ece,
         brier=float((prob.double() - one_hot).square().sum(-1).mean()),
-        aurc=area_under_risk_coverage(uncertainty, correct),
+        aurc=area_under_risk_coverage(doubt, correct),
+        aurc_uncertainty=area_under_risk_coverage(uncertainty, correct),
         uncertainty_right=float(uncertainty[correct].double().mean()),
         uncertainty_wrong=float(uncertainty[~correct].double().mean()),
-        unknown_auroc=auroc,
+        unknown_auroc=by_uncertainty,
+        unknown_auroc_prob=by_prob,
         count=len(targets),
         seconds=time.perf_counter() - started,
         prob=prob,

@@ -355,11 +355,12 @@ def gradients(
     g_bias = torch.zeros_like(problem.scale) if needs[3] else None
     confidence = Confidence(blocks, slopes, g_ratio) if problem.rule == "weighted" else None
     weights = fusion_weights(blocks) if confidence is None else confidence.weights
-    g_unit: list[Tensor] = []  # of normalised text [k, D], for the current block of classes
+    # of normalised text [k, D] for the current block of classes; where the dtype allows, inside g_text
+    g_unit: list[Tensor] = []
     for fused in fused_slopes(blocks, slopes, g_ratio, weights):
         rows, columns = fused.rows, fused.columns
         if rows.start == 0:
-            g_unit = []
+            g_unit = text_sums(g_text, fused.texts, columns)
         for m in range(M):
             y, dy_dz = fused.prompt(m)
             grad = slopes.at(m, rows, columns, Block(y, LOG)).add_(fused.through_fusion(m, y))
@@ -375,12 +376,11 @@ def gradients(
                 by_class = fused.products[m].mul_(grad).sum(0)
                 g_scale[m] += (by_class if length is None else by_class.div_(length)).sum()
             if g_text is not None:
-                if rows.start == 0:
-                    g_unit.append(grad.T @ images)
-                else:
-                    g_unit[m].addmm_(grad.T, images)
+                g_unit[m].addmm_(grad.T, images)
                 if rows.stop == blocks.B:
-                    g_text[m, columns] = through_length(g_unit[m], text, length).mul_(problem.scale[m])
+                    mine = through_length(g_unit[m], text, length).mul_(problem.scale[m])
+                    if mine.dtype != g_text.dtype:
+                        g_text[m, columns] = mine
             if g_image is not None:
                 grad.mul_(fused.factors[m])
                 mine = g_image[rows] if g_image.dim() == 2 else g_image[rows, m]
@@ -389,13 +389,22 @@ def gradients(
     return g_image, g_text, g_scale, g_bias
 
 
+def text_sums(g_text: Tensor | None, texts: list[Tensor], columns: slice) -> list[Tensor]:
+    """Zeros [k, D] for each prompt to sum the gradient of its text in: part of g_text, unless in half precision."""
+    if g_text is None:
+        return []
+    if g_text.dtype == texts[0].dtype:
+        return list(g_text[:, columns].unbind())
+    return [torch.zeros_like(text) for text in texts]
+
+
 def through_length(grad: Tensor, text: Tensor, length: Tensor | None) -> Tensor:
     """Gradient [k, D] of normalised text to gradient of text, in place."""
     if length is None:
         return grad
-    unit = text / length.unsqueeze(1)
-    along = (grad * unit).sum(1).mul_(length > EPS)  # a shorter vector is divided by the constant EPS
-    return grad.sub_(unit.mul_(along.unsqueeze(1))).div_(length.unsqueeze(1))
+    along = torch.linalg.vecdot(grad, text).div_(length * length)
+    along.mul_(length > EPS)  # a shorter vector is divided by the constant EPS
+    return grad.addcmul_(text, along.unsqueeze(1), value=-1).div_(length.unsqueeze(1))
 
 
 def prepared_image(problem: Problem) -> Tensor:

@@ -4,7 +4,6 @@ import doctest
 import importlib
 
 import pytest
-from tower_reference import needs_bundled
 
 MODULES = [
     "cdc_models.clip.backbone",
@@ -17,7 +16,6 @@ MODULES = [
 ]
 
 
-@needs_bundled
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     result = doctest.testmod(importlib.import_module(name))

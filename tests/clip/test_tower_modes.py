@@ -5,7 +5,7 @@ import copy
 import open_clip
 import pytest
 import torch
-from tower_reference import assert_close, full_image, full_text, needs_bundled, small_backbone, small_clip
+from tower_reference import assert_close, full_image, full_text, small_backbone, small_clip
 
 from cdc_models.clip import (
     ClipBackbone,
@@ -168,7 +168,6 @@ def test_a_full_size_custom_text_network():
     check_against_open_clip(ClipBackbone(clip, make_tokenizer=open_clip.SimpleTokenizer), m=1)
 
 
-@needs_bundled
 def test_the_bundled_network():
     backbone = load_clip("bundled")
     assert (backbone.name, backbone.pretrained) == ("bundled", "bundled")

@@ -4,16 +4,12 @@ The references call open_clip's own modules and share no code with the library.
 """
 
 import open_clip
-import pytest
 import torch
 
 from cdc_models.clip import ClipBackbone
-from cdc_models.clip.sources import BUNDLED, build_network
+from cdc_models.clip.sources import build_network
 
 CONTEXT_LENGTH = 24
-needs_bundled = pytest.mark.skipif(
-    not (BUNDLED / "model.safetensors").is_file(), reason="the bundled weights are not in this checkout"
-)
 VISION = {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": CONTEXT_LENGTH, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 3}
 OWN_BLOCKS = dict.fromkeys(("qk_norm", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"), True)

@@ -32,6 +32,8 @@ def test_figures_by_hand(make, backbone, coloured, unknown):
     score = torch.cat([said.uncertainty, strange.uncertainty])
     is_unknown = torch.cat([torch.zeros(len(targets)), torch.ones(9)]).long()
     assert ours.unknown_auroc == pytest.approx(float(binary_auroc(score, is_unknown)), abs=1e-6)
+    doubt = torch.cat([1 - said.prob.amax(1), 1 - strange.prob.amax(1)])
+    assert ours.unknown_auroc_prob == pytest.approx(float(binary_auroc(doubt, is_unknown)), abs=1e-3)
     assert ours.uncertainty_wrong == pytest.approx(float(said.uncertainty[~right].mean()), abs=1e-6)
     assert ours.count == 24 and set(ours.numbers()).isdisjoint({"prob", "targets", "uncertainty"})
 

@@ -1,0 +1,418 @@
+"""fused_opinion, fused_topk and evidential_cross_entropy: every backend against float64 and the plain formulas."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cdc_ops import (
+    BackendUnavailableError,
+    Opinion,
+    conflict,
+    dirichlet_cross_entropy,
+    evidence_from_logits,
+    evidential_cross_entropy,
+    fuse_evidence,
+    fused_opinion,
+    fused_topk,
+)
+
+BACKENDS = ["reference", "blocked"]
+ACTIVATIONS = ["exp", "softplus", "relu"]
+RULES = ["dempster", "cumulative", "averaging", "weighted"]
+FORMS = ["digamma", "log", "mse"]
+f64 = torch.float64
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 2 images by 3 classes, so that small problems have many, ragged at both edges."""
+    monkeypatch.setattr("cdc_ops.backends.blocks.BLOCK_ROWS", 2)
+    monkeypatch.setattr("cdc_ops.backends.blocks.BLOCK_COLUMNS", 3)
+    monkeypatch.setattr("cdc_ops.backends.blocked.TOPK_COLUMNS", 2)
+
+
+def features(B, M, K, D, *, per_prompt=False, dtype=f64, seed=0, layout="contiguous"):
+    """Random features; the same numbers in several memory layouts."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(*((B, M, D) if per_prompt else (B, D)), generator=generator, dtype=f64)
+    text = torch.randn(M, K, D, generator=generator, dtype=f64)
+    if layout == "strided":
+        image = image.transpose(0, -1).contiguous().transpose(0, -1)
+        text = text.transpose(0, 2).contiguous().transpose(0, 2)
+    elif layout == "expanded":
+        image, text = image[:1].expand_as(image), text[:1].expand_as(text)
+    return image.to(dtype), text.to(dtype)
+
+
+def results_and_gradients(function, inputs, dtype=None):
+    """Outputs of ``function`` and gradients of a fixed mixture of them."""
+    inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    outputs = function(*inputs)
+    mixture = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).reshape(o.shape)).sum() for o in outputs)
+    return [*outputs, *torch.autograd.grad(mixture, inputs)]
+
+
+def opinion_parts(opinion):
+    return opinion.log_ratio, opinion.log_partition, opinion.prompt_log_partition
+
+
+# Against the plain formulas in linear space
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("per_prompt", [False, True])
+def test_fused_opinion_is_its_definition(backend, rule, activation, per_prompt):
+    image, text = features(4, 3, 5, 6, per_prompt=per_prompt)
+    scale, bias = torch.tensor([1.0, 2.0, 3.0], dtype=f64), torch.tensor([0.5, -0.5, 0.0], dtype=f64)
+    W = 2.5
+    kwargs = {
+        "scale": scale,
+        "bias": bias,
+        "activation": activation,
+        "rule": rule,
+        "prior_weight": W,
+        "backend": backend,
+    }
+    got = fused_opinion(image, text, **kwargs)
+    x = F.normalize(image, dim=-1)
+    x = x if per_prompt else x.unsqueeze(1).expand(-1, 3, -1)
+    z = scale[:, None] * torch.einsum("bmd,mkd->bmk", x, F.normalize(text, dim=-1)) + bias[:, None]
+    e = evidence_from_logits(z, activation)
+    fused = fuse_evidence(e, 1, rule, W)
+    expected = Opinion.from_evidence(fused, W)
+    torch.testing.assert_close(got.evidence, fused)
+    torch.testing.assert_close(got.belief, expected.belief)
+    torch.testing.assert_close(got.prob, expected.prob)
+    torch.testing.assert_close(got.uncertainty, expected.uncertainty)
+    torch.testing.assert_close(got.prompt_uncertainty, Opinion.from_evidence(e, W).uncertainty)
+    torch.testing.assert_close(got.opinion().entropy(), expected.entropy())
+    if rule == "dempster":
+        torch.testing.assert_close(got.conflict, conflict(e, 1, W))
+    else:
+        with pytest.raises(ValueError, match="conflict"):
+            _ = got.conflict
+    y = torch.randint(5, (4,))
+    loss = evidential_cross_entropy(
+        image, text, y, kl_weight=0.3, prompt_weight=0.7, fused_weight=1.5, reduction="none", **kwargs
+    )
+    each = dirichlet_cross_entropy(e, y[:, None].expand(4, 3), kl_weight=0.3, prior_weight=W, reduction="none")
+    together = dirichlet_cross_entropy(fused, y, kl_weight=0.3, prior_weight=W, reduction="none")
+    torch.testing.assert_close(loss, 0.7 * each.sum(1) + 1.5 * together)
+
+
+# Blocked against reference, float64
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_blocked_equals_reference(small_blocks, data):
+    B, M, K, D = (data.draw(st.integers(1, n), label=label) for n, label in zip((6, 4, 8, 5), "BMKD", strict=True))
+    image, text = features(
+        B,
+        M,
+        K,
+        D,
+        per_prompt=data.draw(st.booleans(), label="per prompt"),
+        seed=data.draw(st.integers(0, 2**31), label="seed"),
+        layout=data.draw(st.sampled_from(["contiguous", "strided", "expanded"]), label="layout"),
+    )
+    size = data.draw(st.sampled_from([0.0, 1.0, 20.0, 100.0, 1000.0]), label="scale")
+    scale = size * torch.linspace(0.8, 1.0, M, dtype=f64)
+    # off the round numbers, so that no relu logit is 0 to rounding, where its gradient jumps
+    bias = torch.linspace(-0.93, 1.07, M, dtype=f64)
+    bias = bias * data.draw(st.sampled_from([0.0, 1.0, 30.0]), label="bias")
+    choices = {
+        "activation": data.draw(st.sampled_from(ACTIVATIONS)),
+        "rule": data.draw(st.sampled_from(RULES)),
+        "prior_weight": data.draw(st.sampled_from([None, 0.5, 7.0])),
+        "normalize": data.draw(st.booleans(), label="normalize"),
+    }
+    y = torch.randint(K, (B,), generator=torch.Generator().manual_seed(1))
+    form = data.draw(st.sampled_from(FORMS))
+    kl_weight = data.draw(st.sampled_from([0.0, 0.5]))
+
+    def both(x, t, s, b, backend):
+        kwargs = dict(scale=s, bias=b, backend=backend, **choices)
+        loss = evidential_cross_entropy(
+            x, t, y, form=form, kl_weight=kl_weight, prompt_weight=0.7, reduction="none", **kwargs
+        )
+        return [*opinion_parts(fused_opinion(x, t, **kwargs)), loss]
+
+    inputs = image, text, scale, bias
+    expected = results_and_gradients(lambda *i: both(*i, "reference"), inputs)
+    got = results_and_gradients(lambda *i: both(*i, "blocked"), inputs)
+    for a, b in zip(expected, got, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-10 * max(1.0, float(a.detach().abs().max())))
+    k = data.draw(st.integers(1, K), label="k")
+    kwargs = dict(scale=scale, bias=bias, **choices)
+    top = [fused_topk(image, text, k, backend=backend, **kwargs) for backend in BACKENDS]
+    for name in ("prob", "belief", "uncertainty", "prompt_uncertainty"):
+        torch.testing.assert_close(getattr(top[1], name), getattr(top[0], name), rtol=1e-9, atol=1e-12)
+    opinion = fused_opinion(image, text, backend="reference", **kwargs)
+    torch.testing.assert_close(opinion.prob.gather(1, top[1].classes), top[1].prob, rtol=1e-9, atol=1e-12)
+    assert all(len(set(row.tolist())) == k for row in top[1].classes)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
+@pytest.mark.parametrize("rule", RULES)
+def test_blocked_is_as_accurate_as_reference_in_float32(scale, rule):
+    """Over several full-size blocks: the error against float64 is no worse than the plain formulas' own."""
+    image, text = features(300, 3, 2100, 32)
+    y = torch.randint(2100, (300,), generator=torch.Generator().manual_seed(0))
+
+    def run(x, t, dtype, backend):
+        opinion = fused_opinion(x, t, scale=scale, rule=rule, backend=backend)
+        loss = evidential_cross_entropy(x, t, y, scale=scale, rule=rule, form="log", reduction="none", backend=backend)
+        return *opinion_parts(opinion), loss
+
+    truth = results_and_gradients(lambda x, t: run(x, t, f64, "reference"), (image, text))
+    plain = results_and_gradients(lambda x, t: run(x, t, torch.float32, "reference"), (image, text), torch.float32)
+    blocked = results_and_gradients(lambda x, t: run(x, t, torch.float32, "blocked"), (image, text), torch.float32)
+    for exact, a, b in zip(truth, plain, blocked, strict=True):
+        size = exact.abs().max()
+        error_plain, error_blocked = (a - exact).abs().max(), (b - exact).abs().max()
+        assert error_blocked <= 2 * error_plain + 2e-7 * size
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation, rule", list(itertools.product(ACTIVATIONS, RULES)))
+def test_gradcheck_of_the_opinion(small_blocks, backend, activation, rule):
+    image, text = features(3, 2, 4, 3)
+    scale, bias = torch.tensor([1.5, 2.0], dtype=f64), torch.tensor([0.2, -0.1], dtype=f64)
+    inputs = [x.requires_grad_() for x in (image, text, scale, bias)]
+
+    def function(x, t, s, b):
+        return opinion_parts(fused_opinion(x, t, scale=s, bias=b, activation=activation, rule=rule, backend=backend))
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form, kl_weight", list(itertools.product(FORMS, [0.0, 0.5])))
+@pytest.mark.parametrize("rule", ["dempster", "weighted"])
+@pytest.mark.parametrize("per_prompt, normalize", [(False, True), (True, False)])
+def test_gradcheck_of_the_loss(small_blocks, backend, form, kl_weight, rule, per_prompt, normalize):
+    image, text = features(3, 2, 4, 3, per_prompt=per_prompt)
+    scale, bias = torch.tensor([1.5, 2.0], dtype=f64), torch.tensor([0.2, -0.1], dtype=f64)
+    inputs = [x.requires_grad_() for x in (image, text, scale, bias)]
+    y = torch.tensor([0, 3, 1])
+    kwargs = {"form": form, "kl_weight": kl_weight, "rule": rule, "normalize": normalize, "backend": backend}
+
+    def function(x, t, s, b):
+        return evidential_cross_entropy(x, t, y, scale=s, bias=b, reduction="none", **kwargs)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", [0, 1, 2, 3])
+def test_only_the_gradients_asked_for(backend, wanted):
+    """A frozen side gets none, and the other side's gradient does not depend on which are asked."""
+    inputs = [*features(3, 2, 4, 3), torch.tensor([1.5, 2.0], dtype=f64), torch.tensor([0.2, 0.1], dtype=f64)]
+    y = torch.tensor([0, 3, 1])
+
+    def loss(x, t, s, b):
+        return evidential_cross_entropy(x, t, y, scale=s, bias=b, backend=backend)
+
+    every = [x.clone().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(loss(*every), every)[wanted]
+    inputs[wanted].requires_grad_()
+    loss(*inputs).backward()
+    torch.testing.assert_close(inputs[wanted].grad, expected)
+    assert all(x.grad is None for i, x in enumerate(inputs) if i != wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_are_deterministic(backend):
+    image, text = features(9, 3, 7, 5, dtype=torch.float32)
+    y = torch.arange(9) % 7
+    runs = [
+        results_and_gradients(
+            lambda x, t: [evidential_cross_entropy(x, t, y, scale=50.0, backend=backend)], (image, text)
+        )
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# Extremes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("M, K", [(1, 1), (8, 1), (1, 6), (8, 6)])
+def test_finite_at_scale_100_and_without_evidence(backend, dtype, rule, form, M, K):
+    """CLIP's scale on identical features (evidence 1e43 per prompt, 1e300 fused), and relu logits below 0."""
+    text = F.normalize(features(1, 1, K, 8, dtype=dtype)[1], dim=-1).expand(M, K, 8).contiguous()
+    image = text[0].clone()
+    y = torch.arange(K)
+    for activation, scale, bias in (
+        ("exp", 100.0, 0.0),
+        ("exp", 100.0, -300.0),
+        ("relu", 100.0, -200.0),
+        ("relu", 0.0, 0.0),
+        ("softplus", 100.0, -1000.0),
+        ("softplus", 100.0, 0.0),
+    ):
+        s = torch.full((M,), scale, dtype=dtype)
+        b = torch.full((M,), bias, dtype=dtype)
+        kwargs = {"activation": activation, "rule": rule, "backend": backend}
+
+        def function(x, t, s, b, kwargs=kwargs):
+            opinion = fused_opinion(x, t, scale=s, bias=b, **kwargs)
+            loss = evidential_cross_entropy(
+                x, t, y, scale=s, bias=b, form=form, kl_weight=1.0, reduction="none", **kwargs
+            )
+            derived = [opinion.belief, opinion.prob, opinion.uncertainty, opinion.evidence.clamp(max=1e3)]
+            return [*opinion_parts(opinion), *derived, loss]
+
+        for value in results_and_gradients(function, (image, text, s, b)):
+            assert value.isfinite().all()
+        opinion = fused_opinion(image, text, scale=s, bias=b, **kwargs)
+        total = opinion.belief.sum(-1) + opinion.uncertainty
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_confident_loss_keeps_its_digits_in_float32(backend, form):
+    """p = 0.999999 on the target: loss and the gradient of bias against float64, relative error 1e-4."""
+    K = 20
+    text = torch.eye(K).unsqueeze(0)
+    image, y = torch.eye(K), torch.arange(K)
+    answers = []
+    for dtype, b in ((f64, "reference"), (torch.float32, backend)):
+        scale = torch.tensor([float(torch.log(torch.tensor(2e7)))], dtype=dtype, requires_grad=True)
+        loss = evidential_cross_entropy(
+            image.to(dtype), text.to(dtype), y, scale=scale, form=form, fused_weight=0.0, backend=b
+        )
+        answers.append((loss, *torch.autograd.grad(loss, scale)))
+    for exact, got in zip(*answers, strict=True):
+        assert 1e-13 < exact.abs() < 1e-4
+        assert abs(got.double() / exact - 1).max() < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_features_stay_finite(backend):
+    image, text = torch.zeros(2, 4), torch.zeros(3, 5, 4)
+    y = torch.tensor([0, 1])
+    function = lambda x, t: [evidential_cross_entropy(x, t, y, scale=10.0, backend=backend)]  # noqa: E731
+    assert all(v.isfinite().all() for v in results_and_gradients(function, (image, text)))
+    torch.testing.assert_close(fused_opinion(image, text, scale=10.0, backend=backend).prob, torch.full((2, 5), 0.2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("per_prompt", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_empty_batch(backend, per_prompt, rule):
+    image, text = features(0, 3, 5, 4, per_prompt=per_prompt)
+    kwargs = {"scale": 2.0, "rule": rule, "backend": backend}
+    opinion = fused_opinion(image, text, **kwargs)
+    assert opinion.log_ratio.shape == opinion.prob.shape == (0, 5)
+    assert opinion.uncertainty.shape == (0,) and opinion.prompt_uncertainty.shape == (0, 3)
+    top = fused_topk(image, text, 2, **kwargs)
+    assert top.classes.shape == top.prob.shape == (0, 2) and top.classes.dtype == torch.long
+    text.requires_grad_()
+    y = torch.zeros(0, dtype=torch.long)
+    loss = evidential_cross_entropy(image, text, y, reduction="sum", **kwargs)
+    loss.backward()
+    assert loss == 0 and (text.grad == 0).all()
+    assert evidential_cross_entropy(image, text, y, reduction="none", **kwargs).shape == (0,)
+    with pytest.raises(ValueError, match="reduction.*B = 0"):
+        evidential_cross_entropy(image, text, y, **kwargs)
+
+
+# Dtypes, modes, backends
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_features_give_float32_opinions(backend, dtype):
+    image, text = features(4, 2, 5, 8, dtype=dtype)
+    y = torch.arange(4)
+    opinion = fused_opinion(image, text, scale=50.0, backend=backend)
+    assert opinion.prob.dtype == torch.float32
+    expected = fused_opinion(image.float(), text.float(), scale=50.0, backend="reference")
+    torch.testing.assert_close(opinion.prob, expected.prob)
+    image.requires_grad_(), text.requires_grad_()
+    evidential_cross_entropy(image, text, y, scale=50.0, backend=backend).backward()
+    assert image.grad.dtype == text.grad.dtype == dtype and text.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend):
+    """Logits of 100 in bfloat16 would be off by half a unit; evidence arithmetic stays in float32."""
+    image, text = features(4, 2, 5, 8, dtype=torch.float32)
+    y = torch.arange(4)
+    scale = torch.tensor(100.0, requires_grad=True)
+    plain = evidential_cross_entropy(image, text, y, scale=scale, backend=backend)
+    (g_plain,) = torch.autograd.grad(plain, scale)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = evidential_cross_entropy(image, text, y, scale=scale, backend=backend)
+        (g_cast,) = torch.autograd.grad(cast, scale)
+    assert torch.equal(plain, cast) and torch.equal(g_plain, g_cast)
+
+
+def test_mixed_precision_inputs_are_promoted():
+    image, text = features(4, 2, 5, 8)
+    opinion = fused_opinion(image.float(), text, scale=3.0)
+    assert opinion.prob.dtype == f64
+    torch.testing.assert_close(opinion.prob, fused_opinion(image.float().double(), text, scale=3.0).prob)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_mode(backend):
+    image, text = features(4, 2, 5, 8)
+    with torch.inference_mode():
+        got = fused_opinion(image, text, scale=3.0, backend=backend).prob
+    torch.testing.assert_close(got, fused_opinion(image, text, scale=3.0, backend=backend).prob)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_and_bias_as_numbers_scalars_or_one_for_each_prompt(backend):
+    image, text = features(4, 3, 5, 8)
+    forms = [
+        (2.0, 0.5),
+        (2, torch.tensor(0.5)),
+        (torch.tensor(2.0), torch.tensor([0.5])),
+        (torch.full((3,), 2.0), torch.full((3,), 0.5, dtype=f64)),
+    ]
+    probs = [fused_opinion(image, text, scale=s, bias=b, backend=backend).prob for s, b in forms]
+    assert all(torch.equal(probs[0], p) for p in probs[1:])
+
+
+def test_backend_none_is_blocked_and_triton_says_it_is_not_there():
+    image, text = features(4, 3, 5, 8, dtype=torch.float32)
+    default = fused_opinion(image, text, scale=20.0).log_ratio
+    assert torch.equal(default, fused_opinion(image, text, scale=20.0, backend="blocked").log_ratio)
+    with pytest.raises(BackendUnavailableError, match="triton.*not there yet"):
+        fused_opinion(image, text, scale=20.0, backend="triton")
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_compiles_without_a_graph_break(backend):
+    image, text = features(4, 3, 5, 8, dtype=torch.float32)
+    y = torch.arange(4)
+
+    def step(x, t, s):
+        opinion = fused_opinion(x, t, scale=s, backend=backend)
+        loss = evidential_cross_entropy(x, t, y, scale=s, kl_weight=0.1, backend=backend)
+        return opinion.prob, opinion.conflict, opinion.opinion().mutual_information(), loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = results_and_gradients(step, (image, text, torch.tensor(5.0)))
+    got = results_and_gradients(compiled, (image, text, torch.tensor(5.0)))
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

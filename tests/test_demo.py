@@ -1,0 +1,107 @@
+"""`cdc demo` end to end, small: table, JSON, pictures, resumption, and its errors."""
+
+import json
+import math
+
+import pytest
+from PIL import Image
+
+from cdc_models import report
+from cdc_models.cli import main
+from cdc_models.experiment import ABLATIONS, SETTINGS, Results, Run, Setting
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo")
+
+
+def run(out, *more):
+    main(["demo", f"--out={out}", "--splits=2", "--shots=1", "--workers=1", '--methods=["zero-shot", "CoOp"]', *more])
+
+
+def test_a_small_demo(out, capsys):
+    run(out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["rows"]) == ["zero-shot", "CoOp"]
+    for row in summary["rows"].values():
+        assert row["runs"] == 2 and 0.3 < row["base"] < 1 and 0.3 < row["new"] < 1
+        for name in ("H", "ece_base", "aurc_base", "unknown_auroc"):
+            assert math.isfinite(row[name])
+    assert "CoOp" in capsys.readouterr().out and "CoOp" in (out / "table.md").read_text()
+    for name in ("accuracy", "reliability", "coverage"):
+        with Image.open(out / f"{name}.png") as picture:
+            colours = picture.convert("RGB").getcolors(10**6)
+            assert picture.width > 1000 and colours is not None and len(colours) > 50
+
+
+def test_a_second_call_goes_on_from_the_first(out, capsys):
+    before = (out / "results.jsonl").read_text()
+    lines = before.splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join(lines[:-1]) + lines[-1][:40])  # killed within a line
+    run(out)
+    rows = [json.loads(x) for x in (out / "results.jsonl").read_text().splitlines() if x.endswith("}")]
+    old = json.loads(lines[-1])
+    again = next(r for r in rows if r["key"] == old["key"])
+    assert len(rows) == 4
+    assert {k: again[k] for k in ("base", "new", "ece_base")} == {k: old[k] for k in ("base", "new", "ece_base")}
+
+
+def test_another_setting_or_backbone_is_another_run(tmp_path):
+    results = Results(tmp_path / "r.jsonl", "a" * 64)
+    results.add("x", Setting("coop", lr=0.1), Run(0, 1), {"base": 0.5})
+    assert results.get("x", Setting("coop", lr=0.1), Run(0, 1)) is not None
+    assert results.get("x", Setting("coop", lr=0.2), Run(0, 1)) is None
+    assert results.get("x", Setting("coop", lr=0.1), Run(0, 2)) is None
+    assert Results(tmp_path / "r.jsonl", "b" * 64).get("x", Setting("coop", lr=0.1), Run(0, 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--splits=6", "splits"),
+        ("--task=other", "task"),
+        ('--methods=["LoRA"]', "methods.*LoRA"),
+        ("--partition=train", "partition"),
+        ("--workers=-1", "workers"),
+        ("--seeds=0", "seeds"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(argument, message, tmp_path, capsys):
+    import re
+
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", f"--out={tmp_path / 'x'}", argument])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.search(message, error) and "Traceback" not in error
+
+
+def test_every_ablation_changes_one_part():
+    whole = SETTINGS["CDC"]
+    for label, setting in ABLATIONS.items():
+        changed = {k for k in setting.options if k not in whole.options or setting.options[k] != whole.options[k]}
+        assert (label == "CDC") == (not changed), label
+        assert (setting.epochs, setting.lr, setting.batch) == (whole.epochs, whole.lr, whole.batch)
+
+
+def rows_of(values):
+    return [{"run": {"split": s}, "H": v} for s, v in values]
+
+
+def test_paired_difference_pairs_by_split():
+    ours = rows_of([(0, 0.6), (0, 0.8), (1, 0.5), (2, 0.9)])
+    theirs = rows_of([(0, 0.6), (1, 0.4), (2, 0.8)])
+    mean, half = report.paired_difference(ours, theirs, "H")
+    assert mean == pytest.approx(0.1) and half == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(ValueError, match="same splits"):
+        report.paired_difference(ours, theirs[:2], "H")
+
+
+def test_interval_is_students():
+    from scipy.stats import t
+
+    values = [0.1, 0.4, 0.3, 0.25, 0.5]
+    mean = sum(values) / 5
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / 4 / 5)
+    assert report.half_width(values) == pytest.approx(t.ppf(0.975, 4) * error, rel=1e-3)
+    assert math.isnan(report.half_width([0.1]))
