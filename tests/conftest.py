@@ -1,7 +1,13 @@
 """What several rooms of the tests share."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # before anything imports Triton: the kernels' tests run in its CPU interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from cdc_models.clip import ClipBackbone, load_clip
 from cdc_models.clip.sources import build_network

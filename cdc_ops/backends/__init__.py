@@ -13,6 +13,8 @@ computed in the problem's dtype. Arguments arrive checked, so a backend holds ar
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from cdc_ops import checks
 
 BACKENDS = ("reference", "blocked", "triton")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
 
 
 class BackendUnavailableError(ValueError):
@@ -84,11 +87,28 @@ def choose(name: str | None, problem: Problem) -> Backend:
         name = "reference" if torch.compiler.is_compiling() else "blocked"
     checks.one_of("backend", name, BACKENDS)
     if name == "triton":
-        raise BackendUnavailableError(
-            "backend='triton' is not there yet: the kernels are still to come; use 'blocked', 'reference' or None"
-        )
+        _require_triton(problem)
+        from cdc_ops.backends import triton
+
+        return cast(Backend, triton)
     if name == "reference":
         from cdc_ops.backends import reference
 
         return cast(Backend, reference)
     return cast(Backend, importlib.import_module("cdc_ops.backends.blocked"))
+
+
+def _require_triton(problem: Problem) -> None:
+    """The kernels can run on this problem, or one sentence why not."""
+    why = None
+    device = problem.image.device.type
+    if not _HAS_TRITON:
+        why = "Triton is not installed"
+    elif problem.dtype == torch.float64:
+        why = "its kernels compute in float32, and an input is float64"
+    elif device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        why = "the tensors are on the CPU, where Triton only runs interpreted (TRITON_INTERPRET=1, for tests)"
+    elif device not in ("cpu", "cuda"):
+        why = f"the tensors are on {device!r}, and its kernels are for CUDA and ROCm devices"
+    if why is not None:
+        raise BackendUnavailableError(f"backend='triton' cannot run here: {why}; use 'blocked', 'reference' or None")

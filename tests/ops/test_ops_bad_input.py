@@ -21,6 +21,12 @@ B, M, K, D = 3, 2, 4, 5
 nan, inf = float("nan"), float("inf")
 
 
+@pytest.fixture(autouse=True)
+def not_interpreted(monkeypatch):
+    """Tests of the kernels switch Triton's interpreter on for the whole process."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
 def image(*shape, **kwargs):
     return torch.ones(*(shape or (B, D)), **kwargs)
 
@@ -74,7 +80,7 @@ SHARED = {
     "prior weight infinite": ({"prior_weight": inf}, r"prior_weight must be a finite number > 0; got inf"),
     "prior weight a word": ({"prior_weight": "K"}, r"prior_weight must be a finite number > 0; got 'K'"),
     "unknown backend": ({"backend": "cuda"}, r"backend must be one of 'reference', 'blocked', 'triton'; got 'cuda'"),
-    "backend to come": ({"backend": "triton"}, r"backend='triton' is not there yet"),
+    "backend that cannot run": ({"backend": "triton"}, r"backend='triton' cannot run here"),
 }
 
 

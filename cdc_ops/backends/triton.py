@@ -1,0 +1,76 @@
+"""Triton kernels: fused forward and backward on a GPU, or in Triton's interpreter on a CPU.
+
+The row sums of :mod:`cdc_ops.dirichlet` come from one operator and the losses of opinions from another; their
+gradients are kernels too.
+"""
+
+from __future__ import annotations
+
+import torch
+from cdc_kernels import ops
+from torch import Tensor
+
+from cdc_ops.backends import LossForm, Problem
+from cdc_ops.fusion import confidence_weight
+
+EPS = 1e-12
+
+
+def inverse_length(x: Tensor, norm: Tensor | None) -> Tensor:
+    """``1 / |x|`` over the last dimension, float32, without gradient: the kernels know what it depends on."""
+    if norm is None:
+        norm = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32)
+    return norm.float().clamp_min(EPS).reciprocal()
+
+
+def arguments(problem: Problem) -> tuple[Tensor | None, ...]:
+    """image, text, scale, bias and inverse lengths, as the operators take them."""
+    dtype = torch.promote_types(problem.image.dtype, problem.text.dtype)
+    image, text = problem.image.to(dtype), problem.text.to(dtype)
+    inverse: tuple[Tensor | None, Tensor | None] = (None, None)
+    if problem.normalize:
+        inverse = inverse_length(image, problem.image_norm), inverse_length(text, problem.text_norm)
+    return image, text, problem.scale, problem.bias, *inverse
+
+
+def rule_weight(problem: Problem, inputs: tuple[Tensor | None, ...]) -> Tensor | None:
+    """The weighted rule's weights [B, M], differentiable through every prompt's own uncertainty."""
+    if problem.rule != "weighted":
+        return None
+    options = problem.activation, "cumulative", problem.prior_weight, False, False, False, False
+    _, sums = ops.row_sums(*inputs, None, None, *options)
+    return confidence_weight(sums[0, :-1].t(), 1)
+
+
+def row_sums(
+    problem: Problem, target: Tensor | None, square: bool, kl: bool, want_ratio: bool
+) -> tuple[Tensor, Tensor]:
+    """log_ratio and row sums [4, M + 1, B]; the fused opinion last."""
+    inputs = arguments(problem)
+    weight = rule_weight(problem, inputs)
+    options = problem.activation, problem.rule, problem.prior_weight, square, kl, want_ratio, True
+    return ops.row_sums(*inputs, weight, target, *options)
+
+
+def fused_opinion(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """See :mod:`cdc_ops.backends`."""
+    M = problem.sizes[1]
+    ratio, sums = row_sums(problem, None, False, False, True)
+    return ratio, sums[0, M], sums[0, :M].t()
+
+
+def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :mod:`cdc_ops.backends`."""
+    M = problem.sizes[1]
+    inputs = arguments(problem)
+    weight = rule_weight(problem, inputs)
+    classes, ratio, sums = ops.topk(*inputs, weight, problem.activation, problem.rule, problem.prior_weight, k)
+    return classes, ratio, sums[0, M], sums[0, :M].t()
+
+
+def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
+    """See :mod:`cdc_ops.backends`."""
+    _, M, K = problem.sizes
+    _, sums = row_sums(problem, target, loss.form == "mse", loss.kl_weight != 0, False)
+    each, _ = ops.row_loss(sums, K, problem.prior_weight, loss.form, loss.kl_weight)
+    return loss.prompt_weight * each[:M].sum(0) + loss.fused_weight * each[M]

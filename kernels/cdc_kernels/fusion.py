@@ -1,0 +1,61 @@
+"""Fusion of ready-made evidence [N, M, K] into [N, K]: one pass over memory forward, one backward.
+
+Evidence is ``e = W expm1(l)``; it saturates at the largest finite number where Dempster's product leaves float32.
+"""
+
+import triton
+import triton.language as tl
+
+from cdc_kernels.epilogue import fuse, fuse_start, fused
+from cdc_kernels.special import NOTHING, expm1, log1p
+
+
+@triton.jit
+def prompt_state(e_ptr, at, mask, log_w):
+    """e, y = ln(e / W) and l = ln(1 + e / W) of one opinion."""
+    e = tl.load(e_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    y = tl.where(e > 0, tl.log(tl.maximum(e, 1e-37)) - log_w, NOTHING)
+    return e, y, log1p(e * tl.exp(-log_w))
+
+
+@triton.jit
+def fuse_forward_kernel(
+    e_ptr, out_ptr, M, K, total, e_n, e_m, e_k, log_w, log_share, top, RULE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Owns BLOCK of the N K fused values; ``top`` is the largest l whose evidence is finite."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < total
+    base = (i // K) * e_n + (i % K) * e_k
+    state = tl.zeros((BLOCK,), tl.float32) + fuse_start(RULE)
+    for m in range(0, M):
+        _, y, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
+        state = fuse(state, y, l, log_share, RULE)
+    _, L = fused(state, RULE)
+    tl.store(out_ptr + i, expm1(tl.minimum(L, top)) * tl.exp(log_w), mask=mask)
+
+
+@triton.jit
+def fuse_backward_kernel(
+    e_ptr, g_ptr, g_e_ptr, M, K, total, e_n, e_m, e_k, log_w, log_share, top,
+    RULE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Owns the gradients of the M opinions behind BLOCK of the fused values; g_e is contiguous [N, M, K]."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < total
+    base = (i // K) * e_n + (i % K) * e_k
+    state = tl.zeros((BLOCK,), tl.float32) + fuse_start(RULE)
+    for m in range(0, M):
+        _, y, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
+        state = fuse(state, y, l, log_share, RULE)
+    _, L = fused(state, RULE)
+    g = tl.load(g_ptr + i, mask=mask, other=0.0)
+    g = tl.where(top > L, g, 0.0)
+    for m in range(0, M):
+        _, _, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
+        if RULE == "dempster":  # noqa: SIM108 (a branch at compile time)
+            # d e / d e_m = exp(L) / (1 + e_m / W)
+            slope = tl.exp(tl.minimum(L, top) - l)
+        else:
+            slope = tl.exp(L * 0 + log_share)
+        at = ((i // K) * M + m) * K + i % K
+        tl.store(g_e_ptr + at, (g * slope).to(g_e_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,187 @@
+"""The operators as PyTorch sees them: opcheck, tracing, autocast, bad input, absence of Triton."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from cdc_kernels import configs, ops  # noqa: E402
+from cdc_kernels.fused_opinion import forward_kernel  # noqa: E402
+
+from cdc_ops import BackendUnavailableError, evidential_cross_entropy, fused_opinion, fused_topk  # noqa: E402
+from cdc_ops.dirichlet import RowSums, loss_from_row_sums  # noqa: E402
+from cdc_ops.special import kl_element  # noqa: E402
+
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU instead")
+
+
+def inputs(B=2, M=2, K=5, D=6, grad=True, bias=True):
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(B, D, generator=g), torch.randn(M, K, D, generator=g)
+    scale, shift = torch.linspace(1, 3, M), torch.linspace(-1, 1, M) if bias else None
+    inverse = 1 / x.norm(dim=-1), 1 / t.norm(dim=-1)
+    leaves = [v if v is None else v.requires_grad_(grad) for v in (x, t, scale, shift)]
+    return *leaves, *inverse
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck_row_sums(bias):
+    target = torch.tensor([1, 4])
+    options = ("exp", "dempster", 5.0, True, True, True, True)
+    torch.library.opcheck(ops.row_sums, (*inputs(bias=bias), None, target, *options))
+
+
+def test_opcheck_row_sums_of_prompts_alone():
+    torch.library.opcheck(
+        ops.row_sums, (*inputs(), None, None, "softplus", "cumulative", 5.0, False, False, False, False)
+    )
+
+
+def test_opcheck_backward():
+    x = inputs(grad=False)
+    planes, ratio = torch.rand(7, 3, 2), torch.rand(2, 5)
+    options = ("exp", "weighted", 5.0, False, False)
+    torch.library.opcheck(
+        ops.row_sums_backward, (*x, torch.rand(2, 2), None, *options, planes, ratio, None, True, False, True, True)
+    )
+
+
+@pytest.mark.parametrize("form", ["digamma", "log", "mse"])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.7])
+def test_row_loss_of_far_opinions(form, kl_weight):
+    """Every form over evidence from 1e-8 to e^100 on and off the target, against the reference in float64."""
+    K, W = 5, 3.0
+    g = torch.Generator().manual_seed(0)
+    log_target, log_alpha = 60 * torch.randn(2, 400, generator=g), 60 * torch.randn(4, 400, generator=g)
+    floor = torch.tensor(1 / K).log()  # alpha is never below W / K
+    log_target, log_alpha = log_target[0].clamp_min(floor), log_alpha.clamp_min(floor)
+    kl_sum = kl_element((log_alpha + math.log(W)).double()).sum(0).float()
+    parts = [log_alpha.logsumexp(0), log_target, (2 * log_alpha).logsumexp(0), kl_sum]
+    mine_in = torch.stack(parts)[:, None].requires_grad_()
+    right_in = [v.double().requires_grad_() for v in parts]
+    mine, _ = ops.row_loss(mine_in, K, W, form, kl_weight)
+    rest, target, square, kl = right_in
+    right = loss_from_row_sums(RowSums(target, rest, square, kl), K, W, form, kl_weight)
+    torch.testing.assert_close(mine[0].double(), right, rtol=2e-5, atol=1e-6)
+    mine.sum().backward()
+    slopes = torch.autograd.grad(right.sum(), right_in, allow_unused=True)
+    for ours, theirs in zip(mine_in.grad[:, 0], slopes, strict=True):
+        theirs = torch.zeros(400, dtype=torch.float64) if theirs is None else theirs
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=1e-6)
+
+
+def test_opcheck_row_loss():
+    torch.library.opcheck(ops.row_loss, (torch.rand(4, 3, 2, requires_grad=True), 5, 5.0, "digamma", 0.5))
+
+
+def test_opcheck_topk():
+    torch.library.opcheck(ops.topk, (*inputs(grad=False), None, "exp", "dempster", 5.0, 2))
+
+
+def test_compiled_without_a_break():
+    x, t, scale, bias, *_ = inputs()
+
+    def loss(x, t, scale, bias):
+        o = fused_opinion(x, t, scale=scale, bias=bias, backend="triton")
+        return o.log_ratio.sum() + o.prompt_log_partition.sum()
+
+    right = torch.autograd.grad(loss(x, t, scale, bias), [x, t, scale, bias])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        mine = torch.autograd.grad(compiled(x, t, scale, bias), [x, t, scale, bias])
+        for a, b in zip(mine, right, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_autocast_changes_nothing():
+    x, t, scale, bias, *_ = inputs(grad=False)
+    right = fused_opinion(x, t, scale=scale, bias=bias, backend="triton")
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = fused_opinion(x, t, scale=scale, bias=bias, backend="triton")
+    assert mine.log_ratio.dtype == torch.float32 and torch.equal(mine.log_ratio, right.log_ratio)
+
+
+def test_inference_mode():
+    x, t, scale, *_ = inputs(grad=False)
+    with torch.inference_mode():
+        assert fused_topk(x, t, 2, scale=scale, backend="triton").classes.shape == (2, 2)
+
+
+def test_mixed_feature_dtypes_are_promoted():
+    x, t, scale, *_ = inputs(grad=False)
+    t = t.bfloat16()
+    mine = fused_opinion(x, t, scale=scale, backend="triton").log_ratio
+    torch.testing.assert_close(mine, fused_opinion(x, t, scale=scale, backend="reference").log_ratio)
+
+
+def test_no_images():
+    _, t, scale, *_ = inputs()
+    none = torch.empty(0, 6, requires_grad=True)
+    o = fused_opinion(none, t, scale=scale, backend="triton")
+    assert o.log_ratio.shape == (0, 5) and o.prompt_uncertainty.shape == (0, 2)
+    nothing = torch.empty(0, dtype=torch.long)
+    loss = evidential_cross_entropy(none, t, nothing, scale=scale, reduction="sum", backend="triton")
+    loss.backward()
+    assert loss == 0 and t.grad is not None and (t.grad == 0).all() and none.grad is not None
+    with pytest.raises(ValueError, match="mean"):
+        evidential_cross_entropy(none, t, nothing, scale=scale, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, t, y: (x[:, :3], t, y), "image must have shape"),
+        (lambda x, t, y: (x, t[:, :0], y), "text must have shape"),
+        (lambda x, t, y: (x * float("nan"), t, y), "image must be finite"),
+        (lambda x, t, y: (x, t / 0, y), "text must be finite"),
+        (lambda x, t, y: (x, t, y + 5), "target must hold class indices"),
+        (lambda x, t, y: (x.to("meta"), t, y), "device"),
+    ],
+)
+def test_bad_input(change, words):
+    x, t, *_ = inputs(grad=False)
+    x, t, y = change(x, t, torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=words):
+        evidential_cross_entropy(x, t, y, scale=2.0, backend="triton")
+
+
+def test_float64_is_refused():
+    x, t, *_ = inputs(grad=False)
+    with pytest.raises(BackendUnavailableError, match="float64"):
+        fused_opinion(x.double(), t.double(), scale=1.0, backend="triton")
+
+
+@needs_interpreter
+def test_on_a_cpu_without_the_interpreter_one_sentence(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    x, t, *_ = inputs(grad=False)
+    with pytest.raises(BackendUnavailableError, match="backend='triton' cannot run here: the tensors are on the CPU"):
+        fused_opinion(x, t, scale=1.0, backend="triton")
+
+
+def test_cdc_ops_needs_no_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, cdc_ops
+assert "cdc_kernels" not in sys.modules
+x, t = torch.randn(2, 3), torch.randn(2, 4, 3)
+cdc_ops.fused_opinion(x, t, scale=1.0)
+try:
+    cdc_ops.fused_opinion(x, t, scale=1.0, backend="triton")
+except cdc_ops.BackendUnavailableError as error:
+    assert "Triton is not installed" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@needs_interpreter
+def test_the_kernels_here_are_interpreted():
+    assert configs.interpreted(forward_kernel)
