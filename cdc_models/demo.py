@@ -59,7 +59,7 @@ def demo(
     Raises:
         ValueError: for counts or names out of range.
     """
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=132)
     if task not in TASKS:
         raise ValueError(f"task: expected one of {TASKS}, got {task!r}")
     if partition not in ("test", "validation"):

@@ -131,7 +131,7 @@ def tables(summary: dict[str, dict[str, Any]], reference: str, title: str) -> tu
         )
     table = Table(title=title)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0)
     for line in body:
         table.add_row(*line)
     rule = ["---", *["---:"] * (len(header) - 1)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from cdc_models.clip import ClipBackbone, encode_prompted_image, encode_prompted_text
 from cdc_models.data.transforms import Views
 from cdc_models.methods.base import Method, Prediction, zero_shot_features
-from cdc_models.prompts import CoupledPrompts, PromptContext
+from cdc_models.prompts import CoupledPrompts, PromptContext, default_depth
 from cdc_ops import (
     EvidenceHead,
     FusedOpinion,
@@ -48,7 +48,8 @@ class CDC(Method):
         class_names: the K classes.
         n_templates: M.
         n_ctx: prompt vectors per layer and template.
-        depth: layers with prompts of their own (with `image_prompts`; text-only prompts are shallow).
+        depth: layers with prompts of their own (with `image_prompts`; text-only prompts are shallow); None: the
+            published 9, or all layers of shallower towers.
         words: what the templates start from, one text or one per template.
         hand_crafted: template t^0, fixed, the anchor of the consistency loss.
         views: augmentation of each template, see `Views`; None trains every template on the same image.
@@ -69,7 +70,7 @@ class CDC(Method):
 
     Example:
         >>> from cdc_models import CDC, load_clip
-        >>> model = CDC(load_clip("bundled"), ["dog", "teapot"], depth=3)
+        >>> model = CDC(load_clip("bundled"), ["dog", "teapot"])
         >>> model.text_features().shape
         torch.Size([4, 2, 128])
     """
@@ -82,7 +83,7 @@ class CDC(Method):
         class_names: Sequence[str],
         n_templates: int = 4,
         n_ctx: int = 2,
-        depth: int = 9,
+        depth: int | None = None,
         words: str | Sequence[str] | None = "a photo of a",
         hand_crafted: str = "a photo of a {}.",
         views: Sequence[str] | None = DEFAULT_VIEWS,
@@ -107,6 +108,8 @@ class CDC(Method):
         for argument, value in (("weight_de", weight_de), ("weight_con", weight_con)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{argument}: expected a finite number >= 0, got {value}")
+        if image_prompts and depth is None:
+            depth = default_depth(backbone)
         self.options = {
             "n_templates": n_templates,
             "n_ctx": n_ctx,
@@ -133,6 +136,7 @@ class CDC(Method):
         generator = torch.Generator().manual_seed(seed)
         self.prompts: CoupledPrompts | PromptContext
         if image_prompts:
+            assert depth is not None
             self.prompts = CoupledPrompts(
                 backbone, n_ctx, depth, n_templates, words=words, noise=noise, generator=generator
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cdc_models.clip import ClipBackbone, encode_prompted_image, encode_prompted_text
 from cdc_models.methods.base import SoftmaxMethod
-from cdc_models.prompts import CoupledPrompts
+from cdc_models.prompts import CoupledPrompts, default_depth
 
 __all__ = ["MaPLe"]
 
@@ -21,7 +21,7 @@ class MaPLe(SoftmaxMethod):
         backbone: a CLIP both of whose towers can be prompted.
         class_names: the K classes.
         n_ctx: prompt vectors per layer.
-        depth: layers with prompts of their own; at most the depth of the shallower tower.
+        depth: layers with prompts of their own; None: the published 9, or all layers of shallower towers.
         words: what the first prompt vectors start from.
         seed: of the random start.
 
@@ -32,7 +32,7 @@ class MaPLe(SoftmaxMethod):
 
     Example:
         >>> from cdc_models import MaPLe, load_clip
-        >>> model = MaPLe(load_clip("bundled"), ["dog", "teapot"], depth=3)
+        >>> model = MaPLe(load_clip("bundled"), ["dog", "teapot"])
         >>> model.text_features().shape
         torch.Size([1, 2, 128])
     """
@@ -44,11 +44,12 @@ class MaPLe(SoftmaxMethod):
         backbone: ClipBackbone,
         class_names: Sequence[str],
         n_ctx: int = 2,
-        depth: int = 9,
+        depth: int | None = None,
         words: str | None = "a photo of a",
         seed: int = 0,
     ) -> None:
         super().__init__(backbone, class_names)
+        depth = default_depth(backbone) if depth is None else depth
         self.options = {"n_ctx": n_ctx, "depth": depth, "words": words, "seed": seed}
         self.prompts = CoupledPrompts(
             backbone, n_ctx, depth, words=words, generator=torch.Generator().manual_seed(seed)

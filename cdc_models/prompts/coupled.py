@@ -10,6 +10,16 @@ from torch import Tensor, nn
 from cdc_models.clip.backbone import ClipBackbone
 from cdc_models.prompts.context import start_vectors
 
+PUBLISHED_DEPTH = 9
+
+
+def default_depth(backbone: ClipBackbone) -> int:
+    """MaPLe's 9 layers of prompts, or as many as the shallower tower has.
+
+    Raises UnsupportedBackboneError if a tower takes no prompts.
+    """
+    return min(PUBLISHED_DEPTH, backbone.text_depth, backbone.image_depth)
+
 
 class CoupledPrompts(nn.Module):
     """Coupled text and image prompts for M templates, J layers deep. Always float32.
