@@ -120,7 +120,7 @@ def demo(
     console.print(table)
     console.print(
         "base, new, H: accuracy in %, ± deviation over runs.  H − …: paired by class split, ± 95 % interval.  "
-        "ECE: calibration error on base classes, before and after fitting temperature or evidence head on 4 further "
+        "ECE: calibration error on base classes, before and after fitting one temperature on 4 further "
         "shots a class.  AURC: risk over coverage, least probable answers refused first; lower is better.  AUROC: "
         "images of new classes shown to the base classifier, told from base images by largest probability, and by "
         "the method's own uncertainty (CDC: vacuity).",

@@ -1,4 +1,4 @@
-"""Fit how sure a method is on held-out shots: one temperature, or the evidence head."""
+"""Fit how sure a method is on held-out shots: one temperature."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["calibrate"]
 
 
 def calibrate(model: Method, loader: Labelled, *, max_iter: int = 100) -> float:
-    """Fit the few numbers that say how sure a method is, by likelihood on images it was not trained on.
+    """Fit one temperature that says how sure a method is, by likelihood on images it was not trained on.
 
-    Softmax methods fit one temperature (Guo et al., ICML 2017), CDC the scale and bias of each template's
-    evidence, by the negative log of the expected class probability. The prompts stay as they are. The images
+    Softmax methods divide their logits by it (Guo et al., ICML 2017), CDC the logits of its evidence, where the
+    likelihood is that of the expected class probability. The prompts stay as they are. The images
     pass through the towers once; the fit itself (L-BFGS) takes milliseconds.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cdc_models.clip import ClipBackbone
 from cdc_models.clip.text_tower import ClassTokens, tokenize_classes
 
-__all__ = ["Method", "Prediction", "SoftmaxMethod", "zero_shot_features"]
+__all__ = ["Method", "Prediction", "SoftmaxMethod", "bounded_temperature", "zero_shot_features"]
 
 _MAX_LOG_TEMPERATURE = math.log(100.0)
 
@@ -46,6 +46,11 @@ class Prediction:
     def labels(self) -> list[str]:
         """The predicted class names."""
         return [self.names[i] for i in self.classes.tolist()]
+
+
+def bounded_temperature(log_temperature: Tensor) -> Tensor:
+    """exp, kept within 1/100 to 100: for answers worse than chance the best temperature is infinite and ties them."""
+    return log_temperature.clamp(-_MAX_LOG_TEMPERATURE, _MAX_LOG_TEMPERATURE).exp()
 
 
 def zero_shot_features(backbone: ClipBackbone, names: Sequence[str], template: str) -> Tensor:
@@ -193,8 +198,7 @@ class SoftmaxMethod(Method):
         log_temperature = torch.zeros((), device=logits.device, requires_grad=True)
 
         def negative_log_likelihood() -> Tensor:
-            # Bounded: where the answers are worse than chance the best temperature is infinite, and would tie them.
-            temperature = log_temperature.clamp(-_MAX_LOG_TEMPERATURE, _MAX_LOG_TEMPERATURE).exp()
+            temperature = bounded_temperature(log_temperature)
             with torch.no_grad():
                 self.temperature.copy_(temperature)
             return F.cross_entropy(logits / temperature, targets)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cdc_models.clip import ClipBackbone, encode_prompted_image, encode_prompted_text
 from cdc_models.data.transforms import Views
-from cdc_models.methods.base import Method, Prediction, zero_shot_features
+from cdc_models.methods.base import Method, Prediction, bounded_temperature, zero_shot_features
 from cdc_models.prompts import CoupledPrompts, PromptContext, default_depth
 from cdc_ops import (
     EvidenceHead,
@@ -217,32 +217,42 @@ class CDC(Method):
         return [{"params": prompts, "weight_decay": weight_decay}, {"params": head, "weight_decay": 0.0}]
 
     def calibration(self, image: Tensor, text: Tensor, targets: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        # One temperature for all evidence logits. Fitting every scale and bias anew gains a point of calibration
+        # error, but likelihood then drives vacuity to 0 and silences templates: it does not ask for either.
+        scale, bias = self.head.scale.detach().clone(), self.head.bias.detach().clone()
+        log_temperature = torch.zeros((), device=scale.device, requires_grad=True)
+        learned = any(True for _ in self.head.parameters())
+
         def negative_log_likelihood() -> Tensor:
+            temperature = bounded_temperature(log_temperature)
+            if learned:
+                with torch.no_grad():
+                    self.head.log_scale.copy_((scale / temperature).log())
+                    self.head.bias.copy_(bias / temperature)
             if not self.trusted:
-                prob = self._logits(image, text).softmax(-1).mean(1)
+                prob = self._logits(image, text, scale / temperature, bias / temperature).softmax(-1).mean(1)
                 return F.nll_loss(prob.clamp_min(torch.finfo(prob.dtype).tiny).log(), targets)
             return evidential_cross_entropy(
                 image,
                 text,
                 targets,
-                scale=self.head.scale,
-                bias=self.head.bias,
+                scale=scale / temperature,
+                bias=bias / temperature,
                 activation=self.head.activation,
                 rule=self.head.rule,
                 form="log",  # ln S - ln alpha_y is the negative log of the expected probability of y
                 prompt_weight=0.0,
             )
 
-        return list(self.head.parameters()), negative_log_likelihood
+        return [log_temperature] if learned else [], negative_log_likelihood
 
-    def _logits(self, image: Tensor, text: Tensor) -> Tensor:
-        """Logits of every template, [B, M, K]."""
+    def _logits(self, image: Tensor, text: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Logits of every template, [B, M, K], by the head's scale and bias unless given."""
+        scale, bias = self.head.scale if scale is None else scale, self.head.bias if bias is None else bias
         x, t = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         x = x.unsqueeze(1) if x.ndim == 2 else x
-        return (
-            self.head.scale[:, None] * torch.einsum("bmd,mkd->bmk", x.expand(-1, len(t), -1), t)
-            + (self.head.bias[:, None])
-        )
+        cosine = torch.einsum("bmd,mkd->bmk", x.expand(-1, len(t), -1), t)
+        return scale[:, None] * cosine + bias[:, None]
 
     def opinion(self, image: Tensor, text: Tensor | None = None) -> FusedOpinion:
         """The fused opinion of image features [B, D] or [B, M, D]."""
