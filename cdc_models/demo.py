@@ -19,10 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cdc_models import report
 from cdc_models.clip import ClipBackbone, load_clip
-from cdc_models.data import emoji_benchmark, test_transform
+from cdc_models.data import test_transform
 from cdc_models.data.emoji import TASKS
 from cdc_models.engine import calibrate
-from cdc_models.experiment import ABLATIONS, SETTINGS, Results, Run, _Batches, compare, train_one
+from cdc_models.experiment import ABLATIONS, SETTINGS, Results, Run, batches, benchmark_of, compare, train_one
 from cdc_models.methods import CDC
 
 __all__ = ["demo"]
@@ -152,11 +152,11 @@ def _title(task: str, partition: str, splits: int, seeds: int, shots: int) -> st
 
 def _examples(backbone: ClipBackbone, run: Run) -> list[dict[str, Any]]:
     """Surely right, surely wrong, unsure, and images of unknown classes, as CDC sees them."""
-    data = emoji_benchmark(run.split, run.seed, task=run.task, partition=run.partition, shots=run.shots)
+    data = benchmark_of(run)
     model = train_one(SETTINGS["CDC"], run, backbone, progress=False)
     assert isinstance(model, CDC)
     transform = test_transform(backbone)
-    calibrate(model, _Batches(data.val, transform, 200))
+    calibrate(model, batches(data.val, transform, 200))
     examples: list[dict[str, Any]] = []
     for known, test in ((True, data.base_test), (False, data.new_test)):
         images = torch.stack([transform(image) for image in test.images[::4]])

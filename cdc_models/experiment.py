@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from cdc_models.clip import ClipBackbone, load_clip
-from cdc_models.data import ImageSet, emoji_benchmark, harmonic_mean, test_transform, train_transform
+from cdc_models.data import EmojiBenchmark, ImageSet, emoji_benchmark, harmonic_mean, test_transform, train_transform
 from cdc_models.engine import Evaluation, calibrate, evaluate, extract_features, fit
 from cdc_models.methods import METHODS, Method
 from cdc_models.prompts import ENSEMBLE
@@ -79,20 +79,18 @@ ABLATIONS: dict[str, Setting] = {
 }
 
 
-class _Batches:
+def batches(data: ImageSet, transform: v2.Transform, size: int, seed: int | None = None) -> DataLoader[tuple[Any, int]]:
     """Batches of an in-memory set, transformed image by image; shuffled by a generator of its own if seeded."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return DataLoader(data.with_transform(transform), batch_size=size, shuffle=seed is not None, generator=generator)
 
-    def __init__(self, data: ImageSet, transform: v2.Transform, batch: int, seed: int | None = None) -> None:
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        self.loader = DataLoader(
-            data.with_transform(transform), batch_size=batch, shuffle=seed is not None, generator=generator
-        )
 
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Any:
-        return iter(self.loader)
+@lru_cache(maxsize=1)  # training and testing of one run read the same images
+def benchmark_of(run: Run) -> EmojiBenchmark:
+    """The images of a run."""
+    return emoji_benchmark(
+        run.split, run.seed, task=run.task, partition=run.partition, shots=run.shots, val_shots=run.val_shots
+    )
 
 
 def build(setting: Setting, backbone: ClipBackbone, classes: Sequence[str], seed: int) -> Method:
@@ -105,14 +103,14 @@ def build(setting: Setting, backbone: ClipBackbone, classes: Sequence[str], seed
 
 def train_one(setting: Setting, run: Run, backbone: ClipBackbone, *, progress: bool = True) -> Method:
     """Train a setting on the shots of a run, without touching its tests."""
-    data = emoji_benchmark(run.split, run.seed, task=run.task, partition=run.partition, shots=run.shots)
+    data = benchmark_of(run)
     model = build(setting, backbone, data.train.classes, run.seed)
     if setting.epochs:
         # A scene has had its random placement: crops as small as for photographs cut the object away, and cost
         # every method 5 to 10 points of base accuracy on the validation splits.
         transform = train_transform(backbone, scale=(0.9, 1.0))
-        batches = _Batches(data.train, transform, setting.batch, run.seed)
-        fit(model, batches, epochs=setting.epochs, lr=setting.lr, seed=run.seed, progress=progress)
+        loader = batches(data.train, transform, setting.batch, run.seed)
+        fit(model, loader, epochs=setting.epochs, lr=setting.lr, seed=run.seed, progress=progress)
     return model
 
 
@@ -125,10 +123,8 @@ def run_one(setting: Setting, run: Run, backbone: ClipBackbone, *, progress: boo
     started = time.perf_counter()
     model = train_one(setting, run, backbone, progress=progress)
     seconds_train = time.perf_counter() - started
-    data = emoji_benchmark(
-        run.split, run.seed, task=run.task, partition=run.partition, shots=run.shots, val_shots=run.val_shots
-    )
-    loader = partial(_Batches, transform=test_transform(backbone), batch=200)
+    data = benchmark_of(run)
+    loader = partial(batches, transform=test_transform(backbone), size=200)
     read = partial(extract_features, model, progress=False)
     base_set, new_set = read(loader(data.base_test)), read(loader(data.new_test))
     raw_base = evaluate(model, base_set)
