@@ -5,7 +5,9 @@
 
 Symmetric InfoNCE on batches of distinct concepts, each in a random style under a random scene and with a random
 caption. Every step draws from a generator seeded by (seed, step), so a run that was stopped goes on as if it had
-not been. HELD_OUT artists are never seen; their zero-shot accuracy is logged and steers nothing.
+not been. The learning rate falls along a cosine in every cycle and starts anew in the next (SGDR, Loshchilov and
+Hutter, ICLR 2017), so a finished run can be taken further. HELD_OUT artists are never seen; their zero-shot accuracy
+is logged and steers nothing.
 """
 
 from __future__ import annotations
@@ -33,14 +35,10 @@ from cdc_models.data.scenes import compose_scenes
 
 HELD_OUT = ("twemoji", "fxemoji", "streamline-emojis")
 CONFIG = Path(__file__).parents[1] / "cdc_models/bundled/clip/config.json"
-TEXT_LENGTHS = (
-    12,
-    18,
-    24,
-)  # a batch is cut to the shortest of these that its draw allows: few compiled shapes
+TEXT_LENGTHS = (12, 18, 24)  # a batch is cut to one of these, drawn: few compiled shapes
 
 BATCH, PEAK_LR, WARM_UP, WEIGHT_DECAY, CLIP_NORM = 256, 2e-3, 150, 0.1, 1.0
-FULL_HARDNESS_AT = 0.6  # of training
+FULL_HARDNESS_AT = 0.6  # of the first cycle
 
 
 class Artwork:
@@ -98,6 +96,15 @@ def contrastive_loss(model: open_clip.CLIP, images: Tensor, tokens: Tensor) -> T
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def learning_rate(step: int, cycles: list[int]) -> float:
+    """Warm-up, then a cosine to zero, in every cycle."""
+    for length in cycles:
+        if step < length:
+            return PEAK_LR * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / length))
+        step -= length
+    return 0.0
+
+
 @torch.no_grad()
 def held_out_accuracy(model: open_clip.CLIP, art: Artwork, tokenizer: Any, style: str, normalise: Any) -> float:
     """Zero-shot accuracy on one unseen artist, fully hard scenes, averaged over disjoint groups of 50 classes."""
@@ -120,13 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artwork", type=Path, required=True, help="folder written by prepare.py")
     parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints and the log")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--cycles", type=int, nargs="+", default=[3000, 2500], help="steps of each cosine cycle")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=500, help="steps between evaluations and checkpoints")
     parser.add_argument("--export", type=Path, help="write the finished weights in fp16 to this file")
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
 
+    steps = sum(arguments.cycles)
     config = json.loads(CONFIG.read_text())
     torch.manual_seed(arguments.seed)
     model = open_clip.CLIP(**config["model_cfg"])
@@ -172,8 +180,8 @@ def main() -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress:
-        bar = progress.add_task("pre-training", total=arguments.steps, completed=first)
-        for step in range(first, arguments.steps):
+        bar = progress.add_task("pre-training", total=steps, completed=first)
+        for step in range(first, steps):
             rng = random.Random(arguments.seed * 1_000_003 + step)
             generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + step)
             length = rng.choices(TEXT_LENGTHS, (0.7, 0.2, 0.1))[0]
@@ -185,12 +193,11 @@ def main() -> None:
                 rows.append(row)
                 captions.append(caption if fits else art.concepts[concept]["label"])
             tokens = tokenizer(captions, context_length=length)
-            hardness = min(1.0, step / (FULL_HARDNESS_AT * arguments.steps))
+            hardness = min(1.0, step / (FULL_HARDNESS_AT * arguments.cycles[0]))
             images = normalise(compose_scenes(art.sprites[rows], size=48, hardness=hardness, generator=generator))
 
-            warm = min(1.0, (step + 1) / WARM_UP)
             for group in optimizer.param_groups:
-                group["lr"] = PEAK_LR * warm * 0.5 * (1 + math.cos(math.pi * step / arguments.steps))
+                group["lr"] = learning_rate(step, arguments.cycles)
             loss = loss_of(model, images, tokens)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -201,7 +208,7 @@ def main() -> None:
             running += loss.item()
             progress.update(bar, completed=step + 1)
 
-            if (step + 1) % arguments.every == 0 or step + 1 == arguments.steps:
+            if (step + 1) % arguments.every == 0 or step + 1 == steps:
                 model.eval()
                 accuracy = {s: held_out_accuracy(model, art, tokenizer, s, normalise) for s in HELD_OUT}
                 model.train()
@@ -227,7 +234,7 @@ def main() -> None:
 
     if arguments.export:
         weights = {name: by_name[name].detach().to(torch.float16).contiguous() for name in names}
-        save_file(weights, arguments.export, metadata={"steps": str(arguments.steps), "seed": str(arguments.seed)})
+        save_file(weights, arguments.export, metadata={"steps": str(steps), "seed": str(arguments.seed)})
         print(f"wrote {arguments.export}")
 
 
