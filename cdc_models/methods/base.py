@@ -62,7 +62,7 @@ def zero_shot_features(backbone: ClipBackbone, names: Sequence[str], template: s
 class Method(nn.Module):
     """A CLIP adapter: text features for templates, a loss for training, a prediction.
 
-    Subclasses implement `text_features`, `image_features`, `loss` and `predict_features`, and list the options
+    Subclasses implement `text_features`, `image_features`, `objective` and `predict_features`, and list the options
     that a saved adapter must remember in `options`. `text_features` is differentiable; evaluation reuses its
     last result until a parameter changes.
 
@@ -93,13 +93,18 @@ class Method(nn.Module):
         """Image features [B, D], or [B, M, D] where templates have their own, unnormalised."""
         raise NotImplementedError
 
-    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Training loss, a scalar, of images [B, 3, H, W] with integer targets [B]."""
+    def objective(self, image: Tensor, text: Tensor, targets: Tensor) -> Tensor:
+        """Training loss, a scalar, of image features [B, D] or [B, M, D], text features [M, K, D] and targets [B]."""
         raise NotImplementedError
 
     def predict_features(self, image: Tensor, text: Tensor) -> Prediction:
         """Prediction from image features [B, D] or [B, M, D] and text features [M, K, D]."""
         raise NotImplementedError
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Training loss, a scalar, of images [B, 3, H, W] with integer targets [B]."""
+        self.check_targets(images, targets)
+        return self.objective(self.image_features(images), self.text_features(), targets)
 
     def _changed_classes(self) -> None:
         """Called on the copy that `with_classes` returns, for what depends on the classes."""
@@ -189,9 +194,8 @@ class SoftmaxMethod(Method):
         logits = self.backbone.scale.float() * x @ prototype.T
         return logits if self.backbone.bias is None else logits + self.backbone.bias.float()
 
-    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        self.check_targets(images, targets)
-        return F.cross_entropy(self.logits(self.image_features(images), self.text_features()), targets)
+    def objective(self, image: Tensor, text: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(image, text), targets)
 
     def calibration(self, image: Tensor, text: Tensor, targets: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
         logits = self.logits(image, text).detach()

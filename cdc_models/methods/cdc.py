@@ -188,11 +188,13 @@ class CDC(Method):
         self.check_targets(images, targets)
         if self.views is not None and images.ndim == 4:
             images = self.views(images)
-        x, t = self.image_features(images), self.text_features()
+        return self.objective(self.image_features(images), self.text_features(), targets)
+
+    def objective(self, image: Tensor, text: Tensor, targets: Tensor) -> Tensor:
         if self.trusted:
             loss = evidential_cross_entropy(
-                x,
-                t,
+                image,
+                text,
                 targets,
                 scale=self.head.scale,
                 bias=self.head.bias,
@@ -202,11 +204,11 @@ class CDC(Method):
                 kl_weight=self.kl_weight,
             )
         else:
-            loss = F.cross_entropy(self._logits(x, t).flatten(0, 1), targets.repeat_interleave(len(t)))
-        if self.weight_de and len(t) > 1:
-            loss = loss + self.weight_de * decoupling_loss(t)
+            loss = F.cross_entropy(self._logits(image, text).flatten(0, 1), targets.repeat_interleave(len(text)))
+        if self.weight_de and len(text) > 1:
+            loss = loss + self.weight_de * decoupling_loss(text)
         if self.weight_con:
-            loss = loss + self.weight_con * consistency_loss(t, self.anchor, self.consistency_temperature)
+            loss = loss + self.weight_con * consistency_loss(text, self.anchor, self.consistency_temperature)
         return loss
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
