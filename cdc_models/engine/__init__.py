@@ -2,10 +2,12 @@
 
 from cdc_models.engine.adapters import load_adapter, save_adapter
 from cdc_models.engine.calibrate import calibrate
+from cdc_models.engine.checkpoint import CheckpointError
 from cdc_models.engine.evaluate import Evaluation, Features, evaluate, extract_features
 from cdc_models.engine.fit import FitResult, fit, learning_rate
 
 __all__ = [
+    "CheckpointError",
     "Evaluation",
     "Features",
     "FitResult",

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from cdc_models.clip import ClipBackbone
+from cdc_models.engine.files import read_tensors, write_tensors
 from cdc_models.methods import METHODS
 from cdc_models.methods.base import Method
 
@@ -65,14 +64,7 @@ def save_adapter(model: Method, path: str | os.PathLike[str], summary: dict[str,
         "classes": json.dumps(list(model.class_names)),
         "summary": json.dumps(summary or {}),
     }
-    beside = path.with_name(path.name + ".part")
-    try:
-        save_file({n: t.detach().cpu().contiguous() for n, t in _learned_state(model).items()}, beside, metadata)
-        with beside.open("rb") as handle:
-            os.fsync(handle.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_tensors(path, _learned_state(model), metadata)
     return path
 
 
@@ -94,12 +86,9 @@ def load_adapter(
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
     try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
-
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
     missing = [k for k in ("format", "method", "options", "fingerprint", "classes", "backbone") if k not in metadata]
     if missing:
         raise AdapterError(f"{path} is not an adapter of this library: its metadata lacks {', '.join(missing)}")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Sized
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from cdc_models.engine.checkpoint import Checkpoint, Position, Randomness
 from cdc_models.methods.base import Method
 
 __all__ = ["FitResult", "fit", "learning_rate"]
@@ -22,9 +28,9 @@ class FitResult:
     """What a call of `fit` did.
 
     Attributes:
-        losses: mean loss of every finished epoch.
-        steps: optimiser steps taken.
-        seconds: wall time.
+        losses: mean loss of every finished epoch, with those before a resumed checkpoint.
+        steps: optimiser steps taken, likewise.
+        seconds: wall time of this call.
         interrupted: True if Ctrl-C ended it early; the model keeps what it had learned by then.
     """
 
@@ -62,13 +68,20 @@ def fit(
     warmup_lr: float = 1e-5,
     seed: int | None = None,
     autocast: torch.dtype | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 0,
     progress: bool = True,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> FitResult:
     """Train what a method learns; the backbone stays frozen.
 
-    The defaults are MaPLe's base-to-new settings. Ctrl-C finishes the step and returns with
-    `interrupted=True`.
+    The defaults are MaPLe's base-to-new settings. Ctrl-C finishes the step, writes the checkpoint and returns with
+    `interrupted=True`; a second Ctrl-C stops at once.
+
+    With `checkpoint`, a run that was cut off anywhere, also by SIGKILL, goes on where it stood when the same call is
+    made again, and ends (on a CPU) with bitwise the same parameters as a run that was not. For that the loader must
+    draw its order from torch's global generator or from its own `generator`, as a DataLoader does; batches of a
+    half-finished epoch are read again and skipped.
 
     Args:
         model: a method with something to learn.
@@ -79,6 +92,8 @@ def fit(
         seed: of torch's global generator, which augmentations draw from; the loader's own shuffling is seeded by
             its generator.
         autocast: run forward passes in this dtype (`torch.bfloat16`); learned parameters stay float32.
+        checkpoint: file of the run's state, read if it is there, written after every epoch; its folder must exist.
+        checkpoint_every: write it also after every so many steps; 0: only after epochs.
         progress: show a progress bar.
         on_epoch: called after each epoch with its number and mean loss.
 
@@ -88,6 +103,8 @@ def fit(
     Raises:
         ValueError: for settings out of range, a model with nothing to learn, or a loss that is not finite (the
             message says at which step; parameters keep their last finite values).
+        CheckpointError: a checkpoint that is damaged or belongs to another run (a ValueError).
+        OSError: a checkpoint that cannot be written; found out before the first step, and an earlier one is kept.
     """
     if epochs < 0 or warmup_epochs < 0:
         raise ValueError(f"epochs, warmup_epochs: expected numbers >= 0, got {epochs}, {warmup_epochs}")
@@ -99,46 +116,103 @@ def fit(
     groups = model.parameter_groups(weight_decay)
     if not any(group["params"] for group in groups):
         raise ValueError(f"model: {type(model).__name__} has nothing to learn")
+    if checkpoint_every < 0:
+        raise ValueError(f"checkpoint_every: expected a number >= 0, got {checkpoint_every}")
     if seed is not None:
         torch.manual_seed(seed)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    device = model.backbone.device
-    losses: list[float] = []
-    steps, started, interrupted = 0, time.perf_counter(), False
+    device, started = model.backbone.device, time.perf_counter()
     per_epoch = len(loader) if isinstance(loader, Sized) else None
+    randomness = Randomness(loader, device)
+    position, now = Position(), None
+    epoch_start = randomness.read()
+    kept: Checkpoint | None = None
+    if checkpoint is not None:
+        run = {
+            "epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "seed": seed,
+            "warmup_epochs": warmup_epochs, "warmup_lr": warmup_lr, "autocast": str(autocast), "batches": per_epoch,
+        }  # fmt: skip
+        kept = Checkpoint(Path(checkpoint), model, optimizer, randomness, run)
+        if (found := kept.load()) is not None:
+            position, epoch_start, now = found
+        else:
+            kept.save(position, epoch_start)  # a folder that cannot be written is found out now, not after an epoch
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    interrupted = False
     model.train()
-    with Progress(*columns, transient=True) if progress else nullcontext() as bar:
+    with Progress(*columns, transient=True) if progress else nullcontext() as bar, _one_ctrl_c() as stopped:
         task = None
         if bar is not None:
             total = None if per_epoch is None else per_epoch * epochs
-            task = bar.add_task(f"training {model.name}", total=total, note="")
+            task = bar.add_task(f"training {model.name}", total=total, completed=position.steps, note="")
         try:
-            for epoch in range(epochs):
+            while position.epoch < epochs and not stopped.is_set():
                 for group in optimizer.param_groups:
-                    rate = learning_rate(epoch, epochs, lr, warmup_epochs, warmup_lr)
+                    rate = learning_rate(position.epoch, epochs, lr, warmup_epochs, warmup_lr)
                     group["lr"] = rate * group.get("lr_scale", 1.0)
-                total_loss, seen = 0.0, 0
-                for images, targets in loader:
+                if now is not None:
+                    randomness.write(epoch_start)
+                batches = iter(loader)
+                if now is not None and position.batch:  # cut off within an epoch: read again what was done, then go on
+                    next(islice(batches, position.batch, position.batch), None)
+                    randomness.write(now)
+                now = None
+                for images, targets in batches:
                     images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
                     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                         loss = model.loss(images, targets)
                     value = float(loss.detach())
                     if not math.isfinite(value):
                         raise ValueError(
-                            f"the loss became {value} at step {steps} (epoch {epoch}); try a smaller lr than {lr}"
+                            f"the loss became {value} at step {position.steps} (epoch {position.epoch}); "
+                            f"try a smaller lr than {lr}"
                         )
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
-                    steps += 1
-                    total_loss, seen = total_loss + value * len(images), seen + len(images)
+                    position.steps, position.batch = position.steps + 1, position.batch + 1
+                    position.total += value * len(images)
+                    position.seen += len(images)
                     if bar is not None and task is not None:
-                        bar.update(task, advance=1, note=f"epoch {epoch + 1}/{epochs} loss {total_loss / seen:.3f}")
-                losses.append(total_loss / max(seen, 1))
-                if on_epoch is not None:
-                    on_epoch(epoch, losses[-1])
+                        note = f"epoch {position.epoch + 1}/{epochs} loss {position.total / position.seen:.3f}"
+                        bar.update(task, advance=1, note=note)
+                    due = checkpoint_every and position.steps % checkpoint_every == 0
+                    if kept is not None and (due or stopped.is_set()):
+                        kept.save(position, epoch_start)
+                    if stopped.is_set():
+                        break
+                else:
+                    mean = position.end_epoch()
+                    epoch_start = randomness.read()
+                    if kept is not None:
+                        kept.save(position, epoch_start)
+                    if on_epoch is not None:
+                        on_epoch(position.epoch - 1, mean)
         except KeyboardInterrupt:
             interrupted = True
+        interrupted = interrupted or stopped.is_set()
+        if interrupted and kept is not None and bar is not None:
+            bar.console.print(f"Interrupted at step {position.steps}; the same call goes on from {kept.path}.")
     model.eval()
-    return FitResult(losses, steps, time.perf_counter() - started, interrupted)
+    return FitResult(position.losses, position.steps, time.perf_counter() - started, interrupted)
+
+
+@contextmanager
+def _one_ctrl_c() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that a step is finished; the second one interrupts as usual."""
+    stopped = threading.Event()
+    usual = signal.getsignal(signal.SIGINT)
+    # Signals belong to the main thread, and a handler that somebody else has set is theirs.
+    if threading.current_thread() is not threading.main_thread() or usual is not signal.default_int_handler:
+        yield stopped
+        return
+
+    def first(*_: object) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, usual)

@@ -32,7 +32,8 @@ def metadata_of(path):
 
 
 def rewrite(path, tensors=None, **changes):
-    metadata = {k: v for k, v in {**metadata_of(path), **changes}.items() if v is not None}
+    """Changed by somebody who also took the hash away."""
+    metadata = {k: v for k, v in {**metadata_of(path), **changes, "sha256": None}.items() if v is not None}
     save_file(load_file(path) if tensors is None else tensors, path, metadata)
 
 
@@ -103,6 +104,15 @@ def test_truncated_file(keep, saved, backbone):
         load_adapter(path, backbone)
 
 
+def test_a_flipped_bit_is_noticed(saved, backbone):
+    path = saved[1]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(AdapterError, match="damaged: its content does not match"):
+        load_adapter(path, backbone)
+
+
 def test_not_there(backbone, tmp_path):
     with pytest.raises(FileNotFoundError, match="no adapter"):
         load_adapter(tmp_path / "none.safetensors", backbone)
@@ -115,7 +125,7 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("cdc_models.engine.adapters.os.fsync", full)
+    monkeypatch.setattr("cdc_models.engine.files.os.fsync", full)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(model, path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]

@@ -1,0 +1,69 @@
+"""Small safetensors files that are whole or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+__all__ = ["read_tensors", "write_tensors"]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and metadata so that the file is either the old one or the new one, never half of one.
+
+    Written beside its place, flushed to the disk and renamed. What is stored carries a hash of itself.
+
+    Raises:
+        OSError: if the folder is missing or cannot be written, or the disk is full; an earlier file is untouched.
+    """
+    kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    data = save(kept, {**metadata, "sha256": _digest(kept, metadata)})
+    beside = path.with_name(path.name + ".part")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # the renaming itself must reach the disk
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What :func:`write_tensors` wrote, and its metadata.
+
+    Raises:
+        ValueError: for a file that is not safetensors, was cut off or changed.
+    """
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = dict(stored.metadata() or {})
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    digest = metadata.pop("sha256", None)
+    if digest is not None and digest != _digest(tensors, metadata):
+        raise ValueError(f"{path} is damaged: its content does not match the hash stored in it")
+    return tensors, metadata
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
