@@ -22,7 +22,7 @@ class ClassTokens:
     lengths: [K] long, the number of real tokens in each row.
     rows: the same tokens as ints, for laying them out without waiting for a device.
     name_lengths: how many tokens of each row belong to the name (and to what the template says before it).
-    layouts: what the text tower has worked out about these classes, so that a training step need not.
+    layouts: what has been worked out about these classes, so that a training step need not.
     """
 
     names: tuple[str, ...]
@@ -39,6 +39,25 @@ class ClassTokens:
     def token_lengths(self) -> tuple[int, ...]:
         """`lengths` as ints."""
         return tuple(len(row) for row in self.rows)
+
+    def chunks(self, size: int) -> tuple[tuple[tuple[list[int], ClassTokens], ...], list[int]]:
+        """At most `size` classes at a time, of like length: (their places, their tokens) each; and the way back."""
+        key = ("chunks", size)
+        if key not in self.layouts:
+            order = sorted(range(len(self)), key=lambda k: len(self.rows[k]))
+            pieces = [order[i : i + size] for i in range(0, len(order), size)]
+            back = sorted(range(len(order)), key=order.__getitem__)
+            self.layouts[key] = tuple((piece, self._take(piece)) for piece in pieces), back
+        return self.layouts[key]  # type: ignore[no-any-return]
+
+    def _take(self, places: list[int]) -> ClassTokens:
+        return ClassTokens(
+            tuple(self.names[k] for k in places),
+            self.ids[places],
+            self.lengths[places],
+            tuple(self.rows[k] for k in places),
+            tuple(self.name_lengths[k] for k in places),
+        )
 
     def to(self, device: torch.device | str) -> ClassTokens:
         """The same classes with the tensors on `device`."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cdc_models.clip.anatomy import text_parts
 from cdc_models.clip.blocks import run_block
@@ -25,6 +27,7 @@ def encode_prompted_text(
     *,
     deep: Tensor | None = None,
     position: str = "end",
+    chunk: int | None = None,
 ) -> Tensor:
     """Text features of K classes under M prompts, unnormalised: [M, K, D].
 
@@ -38,9 +41,11 @@ def encode_prompted_text(
         deep: [M, J-1, n, W], takes the place of the n context tokens before blocks 1..J-1, without position
             embedding (MaPLe); only with a shared context at position "end".
         position: where the class name stands: "end" (behind the context), "middle" (between its halves) or "front".
+        chunk: encode at most so many classes at a time and, where gradients are wanted, compute their activations
+            again in the backward pass: memory for `chunk` classes instead of K, for one more forward pass of time.
 
     Raises:
-        ValueError: wrong shapes, dtypes, devices or position, class names that leave no room for the context.
+        ValueError: wrong shapes, dtypes, devices, position or chunk, class names that leave no room for the context.
         UnsupportedBackboneError: a tower that cannot be prompted.
 
     Source: CoOp (Zhou et al., IJCV 2022) for context and position; MaPLe (Khattak et al., CVPR 2023), Section 3.2,
@@ -71,9 +76,30 @@ def encode_prompted_text(
             f"{backbone.context_length} tokens"
         )
 
+    if chunk is None or chunk >= len(classes):
+        return _encode(backbone, classes, context, deep, position)
+    if chunk < 1:
+        raise ValueError(f"chunk: expected at least 1 class at a time, got {chunk}")
+    pieces, back = classes.chunks(chunk)
+    features = []
+    for places, piece in pieces:
+        own = context[:, places] if context.ndim == 4 else context
+        features.append(
+            checkpoint(_encode, backbone, piece, own, deep, position, use_reentrant=False, preserve_rng_state=False)
+        )
+    return torch.cat(features, dim=1)[:, back]
+
+
+def _encode(
+    backbone: ClipBackbone, classes: ClassTokens, context: Tensor, deep: Tensor | None, position: str
+) -> Tensor:
+    """The tower itself, all classes at once; arguments are checked."""
+    parts = text_parts(backbone.clip)
+    assert parts is not None  # promptable
+    depth = len(parts.blocks)
     layout = text_layout(
         classes,
-        n,
+        context.size(-2),
         class_specific=context.ndim == 4,
         position=position,
         sot_id=backbone.sot_id,

@@ -69,8 +69,12 @@ class Method(nn.Module):
     Args:
         backbone: the frozen CLIP.
         class_names: the K classes.
+
+    Attributes:
+        class_chunk: set it to train on many classes in bounded memory, see `chunk` of `encode_prompted_text`.
     """
 
+    class_chunk: int | None = None
     name: ClassVar[str]
     options: dict[str, Any]
     backbone: ClipBackbone

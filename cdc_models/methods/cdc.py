@@ -169,9 +169,9 @@ class CDC(Method):
 
     def text_features(self) -> Tensor:
         if isinstance(self.prompts, PromptContext):
-            return encode_prompted_text(self.backbone, self.classes, self.prompts())
+            return encode_prompted_text(self.backbone, self.classes, self.prompts(), chunk=self.class_chunk)
         context, deep = self.prompts.text()
-        return encode_prompted_text(self.backbone, self.classes, context, deep=deep)
+        return encode_prompted_text(self.backbone, self.classes, context, deep=deep, chunk=self.class_chunk)
 
     def image_features(self, images: Tensor) -> Tensor:
         """[B, M, D] of images [B, 3, H, W] or views [B, M, 3, H, W]; [B, D] of images without image prompts."""

@@ -70,7 +70,9 @@ class CoOp(SoftmaxMethod):
         )
 
     def text_features(self) -> Tensor:
-        return encode_prompted_text(self.backbone, self.classes, self.context(), position=self.position)
+        return encode_prompted_text(
+            self.backbone, self.classes, self.context(), position=self.position, chunk=self.class_chunk
+        )
 
     def image_features(self, images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -57,7 +57,7 @@ class MaPLe(SoftmaxMethod):
 
     def text_features(self) -> Tensor:
         context, deep = self.prompts.text()
-        return encode_prompted_text(self.backbone, self.classes, context, deep=deep)
+        return encode_prompted_text(self.backbone, self.classes, context, deep=deep, chunk=self.class_chunk)
 
     def image_features(self, images: Tensor) -> Tensor:
         context, deep = self.prompts.image()

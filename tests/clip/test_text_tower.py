@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tower_reference import CONTEXT_LENGTH, VARIANTS, assert_close, full_text, small_backbone, small_clip
 
+from cdc_models import CDC, CoOp, MaPLe
 from cdc_models.clip import UnsupportedBackboneError, encode_prompted_text, tokenize_classes
 from cdc_models.clip.text_layout import _rectangles, text_layout
 
@@ -71,16 +72,17 @@ BACKBONES = {dtype: small_backbone(dtype=dtype) for dtype in (torch.float32, tor
     m=st.integers(1, 3),
     position=st.sampled_from(POSITIONS),
     class_specific=st.booleans(),
+    chunk=st.none() | st.integers(1, 5),
     dtype=st.sampled_from(list(BACKBONES)),
     seed=st.integers(0, 100),
 )
-def test_any_prompt_matches_the_full_length_tower(names, n, j, m, position, class_specific, dtype, seed):
+def test_any_prompt_matches_the_full_length_tower(names, n, j, m, position, class_specific, chunk, dtype, seed):
     backbone = BACKBONES[dtype]
     classes = tokenize_classes(backbone, names)
     context, deep = prompts(backbone, m, n, j, seed, k=len(names) if class_specific else None)
     if class_specific or position != "end":
         deep = None
-    ours = encode_prompted_text(backbone, classes, context, deep=deep, position=position)
+    ours = encode_prompted_text(backbone, classes, context, deep=deep, position=position, chunk=chunk)
     theirs = full_text(backbone, names, context, deep, position)
     assert_close(ours, theirs)
     inputs = [context] if deep is None or deep.numel() == 0 else [context, deep]
@@ -119,6 +121,53 @@ def test_rectangles_join_only_while_padding_is_cheap():
     assert _rectangles([2, 2, 3, 9], slack=0) == [(2, 2), (1, 3), (1, 9)]
     assert _rectangles([2, 2, 3, 9], slack=2) == [(3, 3), (1, 9)]
     assert _rectangles([2, 2, 3, 9], slack=100) == [(4, 9)]
+
+
+def saved_bytes(backbone, classes, context, chunk):
+    """Bytes that autograd keeps between the forward and the backward pass, weights and inputs aside."""
+    known = {p.untyped_storage().data_ptr() for p in (*backbone.parameters(), *backbone.buffers(), context)}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        encode_prompted_text(backbone, classes, context, chunk=chunk)
+    return sum(kept.values())
+
+
+def test_chunks_keep_next_to_nothing_for_the_backward_pass():
+    backbone = small_backbone()
+    classes = tokenize_classes(backbone, [f"{a} {b}" for a in ("red", "big", "old") for b in ("cat", "dog", "zebra")])
+    context, _ = prompts(backbone, m=2, n=2, j=1)
+    assert saved_bytes(backbone, classes, context, 2) < 0.05 * saved_bytes(backbone, classes, context, None)
+    assert classes.chunks(2) is classes.chunks(2)  # worked out once
+
+
+def test_methods_train_in_chunks_to_the_same_gradients(bundled):
+    names = ["cat", "dog", "fire engine", "teapot", "umbrella with rain drops"]
+    images, targets = torch.randn(5, 3, 48, 48, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+    for method in (CoOp, MaPLe, CDC):
+        options = {"views": None} if method is CDC else {}
+        model = method(bundled, names, **options)
+        gradients = []
+        for chunk in (None, 2):
+            model.zero_grad()
+            model.class_chunk = chunk
+            model.loss(images, targets).backward()
+            gradients.append([p.grad.clone() for p in model.learned_parameters().values()])
+        for whole, pieces in zip(*gradients, strict=True):
+            assert_close(pieces, whole)
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_bad_chunks_are_refused(chunk):
+    backbone = small_backbone()
+    with pytest.raises(ValueError, match=f"chunk: expected at least 1.*got {chunk}"):
+        encode_prompted_text(backbone, tokenize_classes(backbone, NAMES), torch.zeros(1, 2, W), chunk=chunk)
 
 
 def test_no_context_is_the_plain_name():
