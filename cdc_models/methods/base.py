@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -59,6 +59,14 @@ def zero_shot_features(backbone: ClipBackbone, names: Sequence[str], template: s
         return backbone.encode_text(backbone.tokenize([template.format(n.replace("_", " ")) for n in names])).float()
 
 
+@dataclass
+class _TextCache:
+    """Text features [M, D] by class name, for one state of the parameters."""
+
+    state: Any = None
+    of_name: dict[str, Tensor] = field(default_factory=dict)
+
+
 class Method(nn.Module):
     """A CLIP adapter: text features for templates, a loss for training, a prediction.
 
@@ -85,7 +93,8 @@ class Method(nn.Module):
         self.backbone = backbone
         self.classes = tokenize_classes(backbone, class_names)
         self.options = {}
-        self._text_cache: tuple[Any, Tensor] | None = None
+        self._text_cache = _TextCache()  # shared with what `with_classes` returns
+        self._text_features: tuple[Any, Tensor] | None = None
 
     # -- what a subclass says ---------------------------------------------------------------------------------
 
@@ -136,17 +145,27 @@ class Method(nn.Module):
         other._parameters = dict(self._parameters)
         other._buffers = dict(self._buffers)
         other.classes = tokenize_classes(self.backbone, names)
-        other._text_cache = None
+        other._text_features = None
         other._changed_classes()
         return other
 
     def cached_text_features(self) -> Tensor:
-        """`text_features` without gradient, computed again only after a parameter has changed."""
-        key = tuple((p.data_ptr(), p._version, p.device) for p in self.parameters())
-        if self._text_cache is None or self._text_cache[0] != key:
-            with torch.no_grad():
-                self._text_cache = (key, self.text_features().float())
-        return self._text_cache[1]
+        """`text_features` without gradient, float32; after `with_classes`, only names that are new are encoded.
+
+        Computed again after a parameter has changed.
+        """
+        state = tuple((p.data_ptr(), p._version, p.device) for p in self.parameters())
+        if self._text_cache.state != state:
+            self._text_cache.state, self._text_cache.of_name = state, {}
+        if self._text_features is None or self._text_features[0] != state:
+            of_name = self._text_cache.of_name
+            new = [name for name in self.class_names if name not in of_name]
+            if new:
+                encoded = self if len(new) == len(self.class_names) else self.with_classes(new)
+                with torch.no_grad():
+                    of_name.update(zip(new, encoded.text_features().float().unbind(1), strict=True))
+            self._text_features = state, torch.stack([of_name[name] for name in self.class_names], 1)
+        return self._text_features[1]
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:

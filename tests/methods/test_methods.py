@@ -226,6 +226,26 @@ def test_bad_class_names(name, names, message, backbone, images):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_new_classes_encode_only_new_names(name, backbone, monkeypatch):
+    model, encoded = build(name, backbone), []
+    text_features = type(model).text_features
+
+    def counting(self):
+        encoded.extend(self.class_names)
+        return text_features(self)
+
+    monkeypatch.setattr(type(model), "text_features", counting)
+    model.cached_text_features()
+    other = model.with_classes([CLASSES[1], "spoon", CLASSES[0]])
+    reused = other.cached_text_features()
+    assert encoded == [*CLASSES, "spoon"]
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert torch.allclose(reused, other.text_features(), atol=1e-5)
+    assert torch.equal(model.cached_text_features()[:, :2], reused[:, [2, 0]])
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_bad_images(name, backbone):
     model = build(name, backbone)
     for wrong in (
