@@ -38,13 +38,15 @@ class SplitFile:
     """One JSON file {"train" | "val" | "test": [[path, label, class name], ...]} beside one folder of images.
 
     images: what the paths are relative to; "" if it is the dataset's own folder. file: name of the JSON file.
+    folders: where the paths lead, if `images` does not say it.
     """
 
     images: str
     file: str
+    folders: tuple[str, ...] = ()
 
     def missing(self, folder: Path) -> list[str]:
-        return _absent(folder, *filter(None, (self.images, self.file)))
+        return _absent(folder, *filter(None, (self.images, *self.folders, self.file)))
 
     def read(self, folder: Path) -> Listing:
         path = folder / self.file

@@ -88,7 +88,7 @@ def look(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _are_numbers(names: Iterable[str]) -> bool:
-    return all(name.isdecimal() for name in names)
+    return all(name.isdecimal() and len(name) < 20 for name in names)
 
 
 def in_order(names: Collection[str]) -> list[str]:

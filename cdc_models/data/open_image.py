@@ -50,7 +50,7 @@ def open_image(path: str | os.PathLike[str], *, orient: bool = True, max_pixels:
     - alpha, also of palettes and of grey: laid on white.
     - 16 bits: divided by 257. 32-bit integers above 65,535 and floating point, which have no agreed range: stretched
       from their smallest to their largest value.
-    - several frames or pages: the first.
+    - several frames or pages: the first. PostScript, which Pillow would hand to another program: not opened.
     - EXIF orientation: applied.
     - more than `max_pixels`: a JPEG is decoded at a smaller scale, anything else is refused. More than twice
       `PIL.Image.MAX_IMAGE_PIXELS` is refused by Pillow itself.
@@ -88,7 +88,7 @@ def open_image(path: str | os.PathLike[str], *, orient: bool = True, max_pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is told by BadImageError, once
-            with Image.open(name) as opened:
+            with Image.open(name, formats=_formats()) as opened:
                 _check_size(name, opened, max_pixels)
                 opened.load()  # of several frames the first: it is the one that is open
                 if orient:
@@ -106,6 +106,12 @@ def open_image(path: str | os.PathLike[str], *, orient: bool = True, max_pixels:
         if isinstance(error, OSError) and error.errno is not None:  # the system's word, not a decoder's
             raise BadImageError(name, "unreadable", error.strerror or str(error)) from error
         raise BadImageError(name, "damaged", f"{type(error).__name__}: {error}") from error
+
+
+def _formats() -> list[str]:
+    """What Pillow can open, without what it would hand to another program (PostScript, to Ghostscript)."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 def _check_size(name: str, image: Image.Image, max_pixels: int) -> None:

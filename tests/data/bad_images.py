@@ -36,6 +36,7 @@ BAD = {
     "empty.jpg": (b"", "not an image"),
     "text.jpg": (b"<html>404 not found</html>", "not an image"),
     "vector.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
+    "postscript.jpg": (encoded(kind="EPS"), "not an image"),
     "truncated.jpg": (encoded()[:1000], "damaged"),
     "truncated.png": (encoded(kind="PNG")[:1000], "damaged"),
     "truncated.webp": (encoded(kind="WEBP", lossless=True)[:1000], "damaged"),

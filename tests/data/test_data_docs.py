@@ -42,5 +42,6 @@ def test_the_pages_tables():
         for need in ("images", "file", "test", "train"):
             part = getattr(dataset.layout, need, None)
             assert not part or f"`{part}" in row, (dataset.name, part)
+        assert all(f"`{name}/`" in row for name in getattr(dataset.layout, "folders", ()))
     listed = re.findall(r"^\| ([a-z ]+) \| .*", PAGE.split("## Images that cannot be read")[1], re.M)
     assert listed == ["reason", *REASONS]

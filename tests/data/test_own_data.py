@@ -2,8 +2,11 @@
 
 import builtins
 import os
+from contextlib import suppress
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from trees import picture
 
 from cdc_models.data import DatasetError, load_dataset, scan
@@ -28,6 +31,7 @@ def test_class_folders(tmp_path):
     assert data.classes == ("dog", "none yet", "rare thing", "teapot")
     found = sorted(data.train.items + data.val.items + data.test.items)
     assert len(found) == 22 and ("dog/summer/2024/rex.jpg", 0) in found
+    assert data.train.orient  # EXIF orientation is applied to one's own photographs
     assert [sum(y == 3 for _, y in part.items) for part in (data.train, data.val, data.test)] == [7, 1, 2]
     assert [sum(y == 2 for _, y in part.items) for part in (data.train, data.val, data.test)] == [1, 0, 0]
     assert not scan(data.train, progress=False).skipped
@@ -193,6 +197,20 @@ def test_a_table_that_is_not_text(tmp_path):
     (tmp_path / "list.txt").write_text("path,label\n")
     with pytest.raises(DatasetError, match=r"list.txt: expected a folder, or a table that ends in \.csv"):
         load_dataset(tmp_path / "list.txt")
+
+
+CELLS = st.sampled_from(
+    ["path", "label", "split", "a.png", "../a.png", "/a", "cat", "train", "", '"', "9" * 5000, "\0"]
+)
+LINES = st.lists(st.lists(CELLS | st.text(max_size=5), max_size=4).map(",".join), max_size=5).map("\n".join)
+
+
+@given(LINES)
+def test_no_table_ends_in_another_error(tmp_path_factory, text):
+    file = tmp_path_factory.getbasetemp() / "any.csv"
+    file.write_text(text, encoding="utf-8", errors="surrogatepass")
+    with suppress(DatasetError):
+        assert len(load_dataset(file).classes) > 0
 
 
 def test_parquet(photos):

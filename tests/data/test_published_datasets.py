@@ -2,8 +2,11 @@
 
 import json
 import warnings
+from contextlib import suppress
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from trees import (
     SPLIT_FILES,
     SYNSETS,
@@ -65,6 +68,7 @@ def test_split_files(tmp_path, dataset):
     for part in ("train", "val", "test"):
         assert [[p, y] for p, y in getattr(data, part).items] == [[p, y] for p, y, _ in written[part]]
         assert not scan(getattr(data, part), progress=False).skipped
+        assert not getattr(data, part).orient  # the published readers leave EXIF orientation alone
 
 
 def test_aircraft(tmp_path):
@@ -189,6 +193,24 @@ def test_split_files_that_are_not_as_published(tmp_path, content, message):
         file.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(DatasetError, match=message):
         load_dataset("EuroSAT", tmp_path)
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("a/../../b.png")
+ROWS = st.tuples(st.text(max_size=8) | LEAVES, st.integers(0, 3) | LEAVES, st.sampled_from("xyz") | LEAVES).map(list)
+PARTS = st.lists(ROWS | LEAVES, max_size=4) | LEAVES
+SPLIT = st.dictionaries(st.sampled_from(["train", "val", "test", "x"]), PARTS) | LEAVES
+
+
+@given(st.builds(lambda data, cut: json.dumps(data)[: -cut or None], SPLIT, st.integers(0, 2)) | st.text())
+def test_no_split_file_ends_in_another_error(tmp_path_factory, text):
+    folder = tmp_path_factory.getbasetemp() / "eurosat"
+    (folder / "2750").mkdir(parents=True, exist_ok=True)
+    (folder / "split_zhou_EuroSAT.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    with suppress(DatasetError):
+        data = load_dataset("EuroSAT", folder.parent)
+        assert all(
+            0 <= label < len(data.classes) for part in (data.train, data.val, data.test) for _, label in part.items
+        )
 
 
 def test_other_layouts_that_are_not_as_published(tmp_path):

@@ -26,7 +26,8 @@ def split_file_tree(root, dataset, classes=3, images=6, pictures=True):
             split[part].append([path, label, f"thing_{label}"])
             if pictures:
                 picture(folder / dataset.layout.images / path)
-    (folder / dataset.layout.images).mkdir(parents=True, exist_ok=True)
+    for name in (dataset.layout.images, *dataset.layout.folders):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / dataset.layout.file).write_text(json.dumps(split))
     return split
 
