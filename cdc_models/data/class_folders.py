@@ -26,34 +26,24 @@ def read_class_folders(folder: Path, classes: Sequence[str] | None = None) -> Li
     """List `folder/<class>/**` or `folder/<split>/<class>/**`.
 
     Every file below a class's folder counts as its image, at any depth; what turns out to be none is skipped when
-    it is read, and reported. Names that begin with a dot are hidden. Without split folders everything is "train".
-    Folders are split folders if all of them are named so and hold folders only. A class folder without files is a
-    class all the same.
+    it is read, and reported. Names that begin with a dot are hidden, and files beside the class folders are left
+    alone. Without split folders everything is "train". Folders are those of splits if all are named so and hold
+    folders. A class folder without files is a class all the same.
 
     Raises:
         DatasetError: for a folder without class folders, or one with split folders and others beside them.
     """
     folders, files = look(folder)
-    splits = {
-        name: SPLIT_OF[name.lower()] for name in folders if name.lower() in SPLIT_OF and _holds_folders(folder / name)
-    }
-    if splits and len(splits) < len(folders):
-        others = [name for name in folders if name not in splits]
-        raise DatasetError(
-            f"{folder}: expected folders of splits or of classes, got both: {_few(list(splits))} and {_few(others)}"
-        )
-    if len(set(splits.values())) < len(splits):
-        raise DatasetError(f"{folder}: expected one folder for each split, got {_few(list(splits))}")
     if not folders:
         raise DatasetError(f"{folder}: expected a folder for each class, got none and {len(files)} other file(s)")
-
-    parts = {split: name for name, split in splits.items()} or {"train": ""}
+    parts = _split_folders(folder, folders) or {"train": ""}
+    classes_in = {part: look(folder / part)[0] for part in parts.values()}
     rows = {
-        split: [(path, name) for name in look(folder / part)[0] for path in _files(folder, os.path.join(part, name))]
+        split: [(path, name) for name in classes_in[part] for path in _files(folder, os.path.join(part, name))]
         for split, part in parts.items()
     }
     # an empty class folder is in no row, so the names are collected from the folders
-    names = in_order({name for part in parts.values() for name in look(folder / part)[0]})
+    names = in_order(set().union(*classes_in.values()))
     if classes is not None:
         if missing := in_order(set(names) - set(classes)):
             raise DatasetError(f"{folder}: class folders that are not among `classes`: {_few(missing)}")
@@ -61,13 +51,29 @@ def read_class_folders(folder: Path, classes: Sequence[str] | None = None) -> Li
     return list_by_name(folder, rows, names, source=folder)
 
 
+def _split_folders(folder: Path, folders: Sequence[str]) -> dict[str, str]:
+    """Split -> the folder of that name, if the folders are those of splits; "train" may also be a class."""
+    named = {name: look(folder / name) for name in folders if name.lower() in SPLIT_OF}
+    if len(named) < len(folders):
+        if splits := [name for name, (inner, loose) in named.items() if inner and not loose]:
+            others = [name for name in folders if name not in named]
+            raise DatasetError(
+                f"{folder}: expected folders of splits or of classes, got both: {_few(splits)} and {_few(others)}"
+            )
+        return {}
+    if not any(inner for inner, _ in named.values()):
+        return {}
+    for name, (inner, loose) in named.items():
+        if loose and not inner:
+            raise DatasetError(f"{folder / name}: expected a folder for each class, got {len(loose)} file(s) and none")
+    splits_of = {SPLIT_OF[name.lower()]: name for name in named}
+    if len(splits_of) < len(named):
+        raise DatasetError(f"{folder}: expected one folder for each split, got {_few(list(named))}")
+    return splits_of
+
+
 def _few(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
-
-
-def _holds_folders(folder: Path) -> bool:
-    folders, files = look(folder)
-    return bool(folders) and not files
 
 
 def _files(root: Path, below: str) -> Iterator[str]:

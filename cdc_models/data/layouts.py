@@ -106,6 +106,19 @@ class AircraftLists:
 _ANOTHER_NAME = {"n04008634": "projectile", "n04355933": "sunglass"}
 
 
+def _names_of_synsets(path: Path) -> dict[str, str]:
+    """WordNet id -> class name, in the order of the file's lines."""
+    name_of: dict[str, str] = {}
+    for number, line in enumerate(lone_file(path).splitlines(), start=1):
+        wnid, _, name = line.strip().partition(" ")
+        if wnid and not name.strip():
+            raise DatasetError(f'{path}, line {number}: expected "<WordNet id> <name>", got {line!r:.100}')
+        if wnid:
+            name_of[wnid] = name.strip()
+    counts = Counter(name_of.values())
+    return {wnid: _ANOTHER_NAME.get(wnid, name) if counts[name] > 1 else name for wnid, name in name_of.items()}
+
+
 @dataclass(frozen=True)
 class SynsetFolders:
     """ImageNet and its variants: one folder of images per WordNet id, and classnames.txt with "<id> <name>" lines.
@@ -132,15 +145,7 @@ class SynsetFolders:
 
     def read(self, folder: Path) -> Listing:
         path = self._classnames(folder)
-        name_of: dict[str, str] = {}
-        for number, line in enumerate(lone_file(path).splitlines(), start=1):
-            wnid, _, name = line.strip().partition(" ")
-            if wnid and not name.strip():
-                raise DatasetError(f'{path}, line {number}: expected "<WordNet id> <name>", got {line!r:.100}')
-            if wnid:
-                name_of[wnid] = name.strip()
-        repeated = {name for name, count in Counter(name_of.values()).items() if count > 1}
-        name_of = {wnid: _ANOTHER_NAME.get(wnid, name) if name in repeated else name for wnid, name in name_of.items()}
+        name_of = _names_of_synsets(path)
         class_of = dict(zip(map(str, range(len(name_of))), name_of, strict=True)) if self.numbered else None
 
         splits = {"train": self.train, "test": self.test}

@@ -50,6 +50,7 @@ def test_the_draw_of_the_test_set_is_the_seeds(tmp_path):
 def test_split_folders(tmp_path, names):
     for part, counts in zip(names, ({"cat": 4, "dog": 4}, {"dog": 2}, {"cat": 1, "owl": 3}), strict=True):
         folder_of(tmp_path, counts, part)
+    (tmp_path / names[0] / "README.txt").write_text("beside the classes")
     data = load_dataset(tmp_path)
     assert data.classes == ("cat", "dog", "owl")
     assert (len(data.train), len(data.val), len(data.test)) == (8, 2, 4)
@@ -68,6 +69,8 @@ def test_a_split_that_is_missing_is_drawn_from_train(tmp_path):
 def test_train_may_be_a_vehicle(tmp_path):
     folder_of(tmp_path, {"train": 3, "bus": 3})
     assert load_dataset(tmp_path).classes == ("bus", "train")
+    folder_of(tmp_path / "two", {"train": 3, "test": 3})  # two classes with such names
+    assert load_dataset(tmp_path / "two").classes == ("test", "train")
 
 
 def test_folders_that_cannot_be_understood(tmp_path):
@@ -77,6 +80,10 @@ def test_folders_that_cannot_be_understood(tmp_path):
         DatasetError, match=r"mixed: expected folders of splits or of classes, got both: 'train' and 'cat'"
     ):
         load_dataset(tmp_path / "mixed")
+    picture(tmp_path / "loose/train/0.png")
+    folder_of(tmp_path / "loose", {"cat": 1}, "test")
+    with pytest.raises(DatasetError, match=r"train: expected a folder for each class, got 1 file"):
+        load_dataset(tmp_path / "loose")
     folder_of(tmp_path / "twice", {"cat": 1}, "val")
     folder_of(tmp_path / "twice", {"cat": 1}, "valid")
     with pytest.raises(DatasetError, match="one folder for each split, got 'val', 'valid'"):
