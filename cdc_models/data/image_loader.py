@@ -86,10 +86,9 @@ class ImageLoader:
         return self._batches(order, int(torch.randint(2**62, (), generator=self.generator)))
 
     def _batches(self, order: Sequence[int], draw: int | None) -> Iterator[Batch]:
-        readable = _Readable(self.dataset, draw)
         nothing = True
-        for batch, skipped in _read(
-            readable, order, self.batch_size, self.num_workers, self.drop_last, self.pin_memory
+        for batch, skipped in read_batches(
+            self.dataset, order, self.batch_size, self.num_workers, draw, self.drop_last, self.pin_memory
         ):
             for image in skipped:
                 self.report.add(image)
@@ -131,17 +130,21 @@ class _Seeded(AbstractContextManager[None]):
         torch.set_rng_state(self.state)
 
 
-def _read(
-    dataset: _Readable,
+def read_batches(
+    dataset: Dataset[Any] | Sequence[Any],
     order: Sequence[int],
     batch_size: int,
     num_workers: int,
+    draw: int | None = None,
     drop_last: bool = False,
     pin_memory: bool = False,
 ) -> DataLoader[Any]:
-    """Pairs of a batch (None if nothing of it can be read) and what was skipped of it."""
+    """Pairs of a batch (None if nothing of it can be read) and what was skipped of it, in order.
+
+    draw: seeds the transforms together with each item's index; None: they draw from torch's generator.
+    """
     return DataLoader(
-        dataset,
+        _Readable(dataset, draw),
         batch_size,
         sampler=order,
         num_workers=num_workers,
@@ -175,8 +178,7 @@ def scan(images: ImageList, *, num_workers: int = 0, progress: bool = True) -> I
         1 of 1 images skipped: 1 missing 0
     """
     report = ImageReport(len(images))
-    decoded = _Readable(images.with_transform(_nothing), None)
-    batches = _read(decoded, range(len(images)), 16, num_workers)
+    batches = read_batches(images.with_transform(_nothing), range(len(images)), 16, num_workers)
     for _, skipped in track(batches, "checking images", transient=True) if progress else batches:
         for image in skipped:
             report.add(image)
