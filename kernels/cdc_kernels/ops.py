@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdc_kernels import launch
+from cdc_kernels import launch, launch_small
 from cdc_kernels.launch import Inputs
 
 
@@ -134,7 +134,7 @@ row_sums.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op("cdc_kernels::row_loss", mutates_args=())
 def row_loss(sums: Tensor, classes: int, prior_weight: float, form: str, kl_weight: float) -> tuple[Tensor, Tensor]:
     """Evidential loss [R, B] from row sums [4, R, B], and its gradient by them; see :mod:`cdc_kernels.row_loss`."""
-    return launch.row_loss(sums, classes, prior_weight, form, kl_weight)
+    return launch_small.row_loss(sums, classes, prior_weight, form, kl_weight)
 
 
 @row_loss.register_fake
@@ -189,7 +189,7 @@ def fuse_evidence(evidence: Tensor, rule: str, prior_weight: float) -> Tensor:
     """Fused evidence [N, K] of [N, M, K], rules dempster, cumulative, averaging; one pass over memory."""
     if rule not in ("dempster", "cumulative", "averaging"):
         raise ValueError(f"rule must be 'dempster', 'cumulative' or 'averaging'; got {rule!r}")
-    return launch.fuse_evidence(evidence, rule, prior_weight)
+    return launch_small.fuse_evidence(evidence, rule, prior_weight)
 
 
 @fuse_evidence.register_fake
@@ -201,7 +201,7 @@ def _(evidence: Tensor, rule: str, prior_weight: float) -> Tensor:
 @torch.library.custom_op("cdc_kernels::fuse_evidence_backward", mutates_args=())
 def fuse_evidence_backward(evidence: Tensor, grad: Tensor, rule: str, prior_weight: float) -> Tensor:
     """Gradient of :func:`fuse_evidence`."""
-    return launch.fuse_evidence_backward(evidence, grad, rule, prior_weight)
+    return launch_small.fuse_evidence_backward(evidence, grad, rule, prior_weight)
 
 
 @fuse_evidence_backward.register_fake
@@ -225,7 +225,7 @@ fuse_evidence.register_autograd(_backward_evidence, setup_context=_save_evidence
 @torch.library.custom_op("cdc_kernels::decoupling", mutates_args=())
 def decoupling(text: Tensor, squared: bool) -> Tensor:
     """``sum_{m > n} cos(t_mk, t_nk)`` (or of its square) of each class [K] of text [M, K, D]; one read of text."""
-    return launch.decoupling(text, squared)
+    return launch_small.decoupling(text, squared)
 
 
 @decoupling.register_fake
@@ -236,7 +236,7 @@ def _(text: Tensor, squared: bool) -> Tensor:
 @torch.library.custom_op("cdc_kernels::decoupling_backward", mutates_args=())
 def decoupling_backward(text: Tensor, grad: Tensor, squared: bool) -> Tensor:
     """Gradient of :func:`decoupling`."""
-    return launch.decoupling_backward(text, grad, squared)
+    return launch_small.decoupling_backward(text, grad, squared)
 
 
 @decoupling_backward.register_fake
