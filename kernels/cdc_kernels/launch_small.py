@@ -63,11 +63,16 @@ def fuse_evidence_backward(evidence: Tensor, grad: Tensor, rule: str, prior_weig
     return g_e
 
 
-def _decoupling_numbers(text: Tensor, squared: bool) -> dict[str, Any]:
+def decoupling_numbers(M: int, D: int) -> int:
+    """How many numbers one program holds for a class of M prompts: powers of two."""
+    return int(triton.next_power_of_2(M) * triton.next_power_of_2(D))
+
+
+def _decoupling_arguments(text: Tensor, squared: bool) -> dict[str, Any]:
     """What both decoupling kernels are told about text [M, K, D]."""
     M, _, D = text.shape
-    rows, columns = triton.next_power_of_2(M), triton.next_power_of_2(D)
-    if rows * columns > DECOUPLING_NUMBERS:
+    numbers = decoupling_numbers(M, D)
+    if numbers > DECOUPLING_NUMBERS:
         raise ValueError(
             f"text must have at most {DECOUPLING_NUMBERS} numbers a class (M and D rounded up to powers of two) for "
             f"the decoupling kernel; got M = {M}, D = {D}"
@@ -78,9 +83,9 @@ def _decoupling_numbers(text: Tensor, squared: bool) -> dict[str, Any]:
         "t_m": text.stride(0),
         "t_k": text.stride(1),
         "SQUARED": squared,
-        "BLOCK_M": rows,
-        "BLOCK_D": columns,
-        "num_warps": 4 if rows * columns <= 4096 else 8,
+        "BLOCK_M": triton.next_power_of_2(M),
+        "BLOCK_D": triton.next_power_of_2(D),
+        "num_warps": 4 if numbers <= 4096 else 8,
     }
 
 
@@ -89,7 +94,7 @@ def decoupling(text: Tensor, squared: bool) -> Tensor:
     text = unit_last(text)
     out = text.new_empty(text.shape[1], dtype=torch.float32)
     with on_device(text):
-        decoupling_forward_kernel[(text.shape[1],)](text, out, **_decoupling_numbers(text, squared))
+        decoupling_forward_kernel[(text.shape[1],)](text, out, **_decoupling_arguments(text, squared))
     return out
 
 
@@ -99,7 +104,7 @@ def decoupling_backward(text: Tensor, grad: Tensor, squared: bool) -> Tensor:
     g_text = torch.empty_like(text, memory_format=torch.contiguous_format)
     with on_device(text):
         decoupling_backward_kernel[(text.shape[1],)](
-            text, grad.contiguous(), g_text, K=text.shape[1], **_decoupling_numbers(text, squared)
+            text, grad.contiguous(), g_text, K=text.shape[1], **_decoupling_arguments(text, squared)
         )
     return g_text
 

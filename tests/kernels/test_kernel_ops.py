@@ -12,7 +12,14 @@ triton = pytest.importorskip("triton")
 from cdc_kernels import configs, ops  # noqa: E402
 from cdc_kernels.fused_opinion import forward_kernel  # noqa: E402
 
-from cdc_ops import BackendUnavailableError, evidential_cross_entropy, fused_opinion, fused_topk  # noqa: E402
+from cdc_ops import (  # noqa: E402
+    BackendUnavailableError,
+    decoupling_loss,
+    evidential_cross_entropy,
+    fuse_evidence,
+    fused_opinion,
+    fused_topk,
+)
 from cdc_ops.dirichlet import RowSums, loss_from_row_sums  # noqa: E402
 from cdc_ops.special import kl_element  # noqa: E402
 
@@ -79,21 +86,46 @@ def test_opcheck_row_loss():
 
 
 def test_opcheck_topk():
-    torch.library.opcheck(ops.topk, (*inputs(grad=False), None, "exp", "dempster", 5.0, 2))
+    torch.library.opcheck(ops.topk, (*inputs(grad=False), None, None, "exp", "dempster", 5.0, False, False, 2))
 
 
-def test_compiled_without_a_break():
-    x, t, scale, bias, *_ = inputs()
+def fused_loss(x, t, scale, bias, backend):
+    o = fused_opinion(x, t, scale=scale, bias=bias, backend=backend)
+    target = torch.tensor([1, 4])
+    loss = evidential_cross_entropy(x, t, target, scale=scale, bias=bias, form="log", backend=backend)
+    return loss + o.log_ratio.sum() + o.prompt_log_partition.sum()
 
-    def loss(x, t, scale, bias):
-        o = fused_opinion(x, t, scale=scale, bias=bias, backend="triton")
-        return o.log_ratio.sum() + o.prompt_log_partition.sum()
 
-    right = torch.autograd.grad(loss(x, t, scale, bias), [x, t, scale, bias])
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("backend", ["reference", "triton", None])
+def test_compiled_by_inductor_twice(backend):
+    """fullgraph: no break; the second use takes the compiled code, with the numbers of eager mode."""
+    leaves = list(inputs()[:4])
+    right = fused_loss(*leaves, backend)
+    right_gradients = torch.autograd.grad(right, leaves)
+    compiled = torch.compile(fused_loss, fullgraph=True)
+    torch._dynamo.reset()
     for _ in range(2):
-        mine = torch.autograd.grad(compiled(x, t, scale, bias), [x, t, scale, bias])
-        for a, b in zip(mine, right, strict=True):
+        mine = compiled(*leaves, backend)
+        torch.testing.assert_close(mine, right)
+        for a, b in zip(torch.autograd.grad(mine, leaves), right_gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_operations_on_ready_made_tensors_compiled_by_inductor_twice(backend):
+    e, t = torch.rand(3, 2, 5, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
+
+    def both(e, t):
+        fused = fuse_evidence(e, 1, "weighted", backend=backend)
+        return fused.sum() + decoupling_loss(t, "cosine_squared", backend=backend)
+
+    compiled = torch.compile(both, fullgraph=True)
+    right = both(e, t)
+    right_gradients = torch.autograd.grad(right, [e, t])
+    for _ in range(2):
+        mine = compiled(e, t)
+        torch.testing.assert_close(mine, right)
+        for a, b in zip(torch.autograd.grad(mine, [e, t]), right_gradients, strict=True):
             torch.testing.assert_close(a, b)
 
 
