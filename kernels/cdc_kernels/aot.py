@@ -167,17 +167,23 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
 
 
-def _read_cubin(cubin: bytes, instruction: str) -> tuple[int, int, int, int]:
-    """Registers, stack bytes, and the numbers of matrix instructions and of instructions in all of a cubin."""
+def _dump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        return subprocess.run(
+            [_tool("cuobjdump"), option, file.name], capture_output=True, text=True, check=True
+        ).stdout
 
-        def dump(*arguments: str) -> str:
-            command = [_tool("cuobjdump"), *arguments, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage, code = dump("-res-usage"), dump("-sass")
+def disassemble(cubin: bytes) -> str:
+    """NVIDIA's machine code as text."""
+    return _dump(cubin, "-sass")
+
+
+def _read_cubin(cubin: bytes, instruction: str) -> tuple[int, int, int, int]:
+    """Registers, stack bytes, and the numbers of matrix instructions and of instructions in all of a cubin."""
+    usage, code = _dump(cubin, "-res-usage"), disassemble(cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     count = len(re.findall(rf"\b{instruction}\.", code))

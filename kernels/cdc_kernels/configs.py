@@ -56,14 +56,11 @@ DEFAULTS: dict[str, dict[str, tuple[Config, Config]]] = {
         "hip": (Config(32, 32, 64, 64, 4, 2), Config(32, 32, 32, 32, 4, 2)),
     },
 }
-#: The same for kernels that read products from the workspace, whatever the features were.
-_LOADED = {
-    "epilogue": Config(32, 64, 64, 0, 4, 1),
-    "epilogue_kl": Config(32, 64, 64, 0, 4, 1),
-    "slope": Config(32, 64, 64, 0, 8, 1),
-    "slope_kl": Config(32, 64, 64, 0, 8, 1),
-}
-DEFAULTS |= {kind: dict.fromkeys(("cuda90", "cuda80", "hip"), (each, each)) for kind, each in _LOADED.items()}
+#: The same for kernels that read products from the workspace, whatever the features were. Few numbers a thread, so
+#: that two blocks share a multiprocessor; 64-wide warps need half as many.
+for _kind in ("epilogue", "epilogue_kl", "slope", "slope_kl"):
+    _loaded = {arch: Config(16, 64, 64, 0, 4 if arch == "hip" else 8, 1) for arch in ("cuda90", "cuda80", "hip")}
+    DEFAULTS[_kind] = {arch: (config, config) for arch, config in _loaded.items()}
 #: Small tiles for the CPU interpreter: a program costs time by the operation, not by the number.
 INTERPRETER = Config(16, 16, 16, 32, 1, 1)
 #: Tried in turn when autotuning, beside the default.

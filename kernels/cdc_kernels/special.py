@@ -56,8 +56,7 @@ def log_or_nothing(x):
 @triton.jit
 def log1p(x):
     """``ln(1 + x)`` for x >= 0."""
-    large = tl.maximum(x, 1.0)
-    return tl.where(x <= 1.0, log1p_unit(tl.minimum(x, 1.0)), tl.log(large) + log1p_unit(1.0 / large))
+    return tl.where(x <= 1.0, log1p_unit(tl.minimum(x, 1.0)), tl.log(1.0 + x))
 
 
 @triton.jit
