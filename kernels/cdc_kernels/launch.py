@@ -57,6 +57,31 @@ class Inputs:
     square: bool = False
     kl: bool = False
 
+    def __post_init__(self) -> None:
+        """Kernels follow pointers: what does not fit together is refused here, where operators are called directly."""
+        M, _, D = self.text.shape
+        B = self.image.shape[0]
+        shapes = {
+            "image": [[B, D], [B, M, D]],
+            "scale": [[M]],
+            "bias": [[M]],
+            "image_inverse": [[B], [B, M]],
+            "text_inverse": [[M, self.text.shape[1]]],
+            "weight": [[B, M]],
+            "target": [[B]],
+        }
+        for name, allowed in shapes.items():
+            x = getattr(self, name)
+            if x is None:
+                continue
+            if list(x.shape) not in allowed or x.device != self.text.device:
+                raise ValueError(
+                    f"{name} must have shape {' or '.join(map(str, allowed))} on {self.text.device}, to match text "
+                    f"{list(self.text.shape)}; got {list(x.shape)} on {x.device}"
+                )
+        if self.image.dtype != self.text.dtype:
+            raise ValueError(f"image must have the dtype of text, {self.text.dtype}; got {self.image.dtype}")
+
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """B, M, K, D."""

@@ -9,7 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from cdc_kernels import configs, ops  # noqa: E402
+from cdc_kernels import configs, launch, launch_small, ops  # noqa: E402
 from cdc_kernels.fused_opinion import forward_kernel  # noqa: E402
 
 from cdc_ops import (  # noqa: E402
@@ -19,6 +19,7 @@ from cdc_ops import (  # noqa: E402
     fuse_evidence,
     fused_opinion,
     fused_topk,
+    value_checks,
 )
 from cdc_ops.dirichlet import RowSums, loss_from_row_sums  # noqa: E402
 from cdc_ops.special import kl_element  # noqa: E402
@@ -155,30 +156,113 @@ def test_no_images():
     none = torch.empty(0, 6, requires_grad=True)
     o = fused_opinion(none, t, scale=scale, backend="triton")
     assert o.log_ratio.shape == (0, 5) and o.prompt_uncertainty.shape == (0, 2)
+    top = fused_topk(none, t, 3, scale=scale, backend="triton")
+    assert top.classes.shape == (0, 3) and top.uncertainty.shape == (0,)
     nothing = torch.empty(0, dtype=torch.long)
     loss = evidential_cross_entropy(none, t, nothing, scale=scale, reduction="sum", backend="triton")
     loss.backward()
     assert loss == 0 and t.grad is not None and (t.grad == 0).all() and none.grad is not None
+    each = evidential_cross_entropy(none, t, nothing, scale=scale, reduction="none", backend="triton")
+    assert each.shape == (0,)
     with pytest.raises(ValueError, match="mean"):
         evidential_cross_entropy(none, t, nothing, scale=scale, backend="triton")
 
 
+@pytest.mark.parametrize("operation", ["opinion", "topk", "loss"])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda x, t, y: (x[:, :3], t, y), "image must have shape"),
-        (lambda x, t, y: (x, t[:, :0], y), "text must have shape"),
-        (lambda x, t, y: (x * float("nan"), t, y), "image must be finite"),
-        (lambda x, t, y: (x, t / 0, y), "text must be finite"),
-        (lambda x, t, y: (x, t, y + 5), "target must hold class indices"),
-        (lambda x, t, y: (x.to("meta"), t, y), "device"),
+        (lambda x, t: (x[:, :3], t), "image must have shape"),
+        (lambda x, t: (x[None, None], t), "image must have shape"),
+        (lambda x, t: (x, t[0]), "text must have shape"),
+        (lambda x, t: (x, t[:, :0]), "text must have shape"),
+        (lambda x, t: (x, t[:0]), "text must have shape"),
+        (lambda x, t: (x * math.nan, t), "image must be finite"),
+        (lambda x, t: (x, t / 0), "text must be finite"),
+        (lambda x, t: (x.to("meta"), t), "device"),
+        (lambda x, t: (x.long(), t), "image must be a floating-point tensor"),
     ],
 )
-def test_bad_input(change, words):
-    x, t, *_ = inputs(grad=False)
-    x, t, y = change(x, t, torch.tensor([0, 4]))
+def test_bad_features(change, words, operation):
+    x, t = change(*inputs(grad=False)[:2])
     with pytest.raises(ValueError, match=words):
+        if operation == "opinion":
+            fused_opinion(x, t, scale=2.0, backend="triton")
+        elif operation == "topk":
+            fused_topk(x, t, 2, scale=2.0, backend="triton")
+        else:
+            evidential_cross_entropy(x, t, torch.tensor([0, 4]), scale=2.0, backend="triton")
+
+
+@pytest.mark.parametrize("target", [[0, 5], [-1, 0]])
+def test_targets_out_of_range(target):
+    """Reported; with the checks off not read out of bounds either, because no kernel uses a target as an address."""
+    x, t, *_ = inputs(grad=False)
+    y = torch.tensor(target)
+    with pytest.raises(ValueError, match="target must hold class indices in"):
         evidential_cross_entropy(x, t, y, scale=2.0, backend="triton")
+    with value_checks(False):
+        loss = evidential_cross_entropy(x, t, y, scale=2.0, reduction="none", backend="triton")
+        right = evidential_cross_entropy(x, t, y.clamp(0, 4), scale=2.0, reduction="none", backend="triton")
+    inside = (y >= 0) & (y < 5)
+    torch.testing.assert_close(loss[inside], right[inside])
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "words"),
+    [
+        (0, torch.ones(2, 7), "image must have shape"),
+        (0, torch.ones(2, 6).half(), "image must have the dtype of text"),
+        (2, torch.ones(3), "scale must have shape"),
+        (3, torch.ones(1), "bias must have shape"),
+        (4, torch.ones(3), "image_inverse must have shape"),
+        (5, torch.ones(2, 4), "text_inverse must have shape"),
+        (6, torch.ones(2, 3), "weight must have shape"),
+        (7, torch.tensor([0]), "target must have shape"),
+        (7, torch.zeros(2, dtype=torch.long, device="meta"), "target must have shape .* on cpu"),
+    ],
+)
+def test_operators_called_directly_refuse_what_does_not_fit(at, value, words):
+    arguments = [*inputs(grad=False), None, None, "exp", "dempster", 5.0, False, False]
+    arguments[at] = value
+    with pytest.raises(ValueError, match=words):
+        launch.row_sums(launch.Inputs(*arguments), True)
+
+
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, name, launches):
+        self.kernel, self.name, self.launches = kernel, name, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(self.name)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize(("K", "opinion"), [(50, ["forward"]), (70, ["forward", "finish"])])
+@needs_interpreter
+def test_few_launches_for_a_small_problem(monkeypatch, K, opinion):
+    """Shape S4: one launch when all classes fit one tile of a GPU's size, one more to reduce when they do not."""
+    launches = []
+    for name in ("forward", "finish"):
+        monkeypatch.setattr(launch, f"{name}_kernel", Counted(getattr(launch, f"{name}_kernel"), name, launches))
+    row_loss = Counted(launch_small.row_loss_kernel, "row_loss", launches)
+    monkeypatch.setattr(launch_small, "row_loss_kernel", row_loss)
+    monkeypatch.setattr(launch, "INTERPRETER", configs.default("forward", "cuda90", 2))
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(4, 512, generator=g), torch.randn(4, K, 512, generator=g)
+    mine = fused_opinion(x, t, scale=20.0, backend="triton")
+    assert launches == opinion
+    right = fused_opinion(x, t, scale=20.0, backend="reference")
+    torch.testing.assert_close(mine.log_ratio, right.log_ratio, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine.prompt_log_partition, right.prompt_log_partition, rtol=1e-5, atol=1e-5)
+    launches.clear()
+    y = torch.tensor([0, 1, 2, K - 1])
+    loss = evidential_cross_entropy(x, t, y, scale=20.0, form="mse", kl_weight=0.1, backend="triton")
+    assert launches == [*opinion, "row_loss"]
+    right = evidential_cross_entropy(x, t, y, scale=20.0, form="mse", kl_weight=0.1, backend="reference")
+    torch.testing.assert_close(loss, right, rtol=1e-5, atol=1e-5)
 
 
 def test_float64_is_refused():
