@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,9 @@ OPINION, LOSS = {"RATIO": True, "G_RATIO": True}, {"TARGET": True}
 #: What the fused kernels do: name -> flags. The top-k is the opinion's kernel. All of these in every dtype.
 MODES: dict[str, dict[str, Any]] = {
     "opinion": OPINION,
-    "loss digamma/log": LOSS,
+    "loss digamma, log": LOSS,
     "loss mse": LOSS | {"SQUARE": True},
-    "loss digamma/log + kl": LOSS | {"KL": True},
+    "loss digamma, log + kl": LOSS | {"KL": True},
     "loss mse + kl": LOSS | {"SQUARE": True, "KL": True},
 }
 #: And these in one dtype, the first: other activations, other rules, what small problems and odd sizes need.
@@ -217,6 +218,13 @@ def everything() -> Iterator[tuple[str, str, str, str]]:
                 yield kernel, case, "bf16" if kernel in ("project", "decoupling_backward") else "fp32", target
 
 
+def defaults() -> dict[str, Any]:
+    """The launch configurations in force, to tell when the committed table is not about them."""
+    return {
+        kind: {arch: [asdict(c) for c in both] for arch, both in by_arch.items()} for kind, by_arch in DEFAULTS.items()
+    }
+
+
 def groups(reports: Sequence[Report]) -> dict[tuple[str, str], dict[str, list[Report]]]:
     """The reports by kernel and kind of case (dtype where there are several), then by target."""
     grouped: dict[tuple[str, str], dict[str, list[Report]]] = {}
@@ -244,32 +252,38 @@ def markdown(reports: Sequence[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(reports: Sequence[Report], folder: Path) -> None:
+    """The table, as aot.json and aot.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join("  " + json.dumps(asdict(r)) for r in reports)
+    (folder / "aot.json").write_text(
+        f'{{\n "versions": {json.dumps({"triton": triton.__version__})},\n "defaults": {json.dumps(defaults())},\n'
+        f' "reports": [\n{rows}\n ]\n}}\n'
+    )
+    head = (
+        "# Compiled ahead of time\n\nWritten by `python -m cdc_kernels.aot --out benches/results/aot` "
+        f"with Triton {triton.__version__}; every kernel compiled, one by one, is in aot.json. Each cell: "
+        "registers / bytes of stack (spills) a thread / bytes of shared memory a block / matrix instructions, "
+        "the worst of the row's kernels. Matrix instructions are HGMMA on cuda90, HMMA on cuda80, MFMA on gfx942; "
+        "float32 is multiplied exactly, without them, on NVIDIA. The kernels forward, image and text multiply; "
+        "epilogue and slope read a library's products; the top-k runs the opinion's kernel.\n\n"
+    )
+    (folder / "aot.md").write_text(head + markdown(reports))
+
+
 def main() -> None:
     """Print the table, or write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for aot.json and aot.md")
-    parser.add_argument("--only", default="", help="compile only lines of the table that hold these words")
+    parser.add_argument("--only", nargs="*", default=["*"], help="patterns of kernel/case/dtype/target, as in a shell")
     arguments = parser.parse_args()
-    words = arguments.only.split()
     reports: list[Report] = []
     for line in everything():
-        if all(word in line for word in words):
+        if any(fnmatch("/".join(line), pattern) for pattern in arguments.only):
             reports.append(report(*line))
             print(reports[-1], flush=True)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        versions = {"triton": triton.__version__}
-        text = json.dumps({"versions": versions, "reports": [asdict(r) for r in reports]}, indent=1)
-        (arguments.out / "aot.json").write_text(text + "\n")
-        head = (
-            "# Compiled ahead of time\n\nWritten by `python -m cdc_kernels.aot --out benches/results/aot` "
-            f"with Triton {triton.__version__}; every kernel compiled, one by one, is in aot.json. Each cell: "
-            "registers / bytes of stack (spills) a thread / bytes of shared memory a block / matrix instructions, "
-            "the worst of the row's kernels. Matrix instructions are HGMMA on cuda90, HMMA on cuda80, MFMA on gfx942; "
-            "float32 is multiplied exactly, without them, on NVIDIA. The kernels forward, image and text multiply; "
-            "epilogue and slope read a library's products; the top-k runs the opinion's kernel.\n\n"
-        )
-        (arguments.out / "aot.md").write_text(head + markdown(reports))
+        write(reports, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What the epilogue of one logit costs: instructions of its machine code, counted without a GPU.
+"""What the epilogue of one logit costs, in instructions of its machine code, and what the two paths should cost.
 
 ``python -m cdc_kernels.cost`` compiles the epilogue of one prompt alone (exp evidence, Dempster's rule, no KL) on the
 forward kernel's tile of products, takes off a kernel that only multiplies, and divides by the logits a thread holds.
+Then it prints the estimates that :func:`cdc_kernels.configs.path` compares. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import torch
 import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from cdc_kernels import aot
+from cdc_kernels import aot, configs
 from cdc_kernels.epilogue import evidence, evidence_slope, fuse, fuse_linear, fuse_slope, fused, log_sum, row_slope
 from cdc_kernels.special import log1p, softplus
 
@@ -93,6 +95,25 @@ def table() -> dict[str, tuple[float, float]]:
     return {step: (each(step), each(step, "MUFU")) for step in STEPS[1:]}
 
 
-if __name__ == "__main__":
+#: The shapes of design.md section 7: B, M, K, D.
+SHAPES = {
+    "S1": (256, 4, 1000, 512),
+    "S2": (1024, 4, 21841, 512),
+    "S3": (512, 8, 100000, 768),
+    "S4": (4, 4, 50, 512),
+    "S6": (8192, 1, 100000, 768),
+}
+
+
+def main() -> None:
+    """Print both tables."""
     for step, (instructions, special) in table().items():
         print(f"{step:14} {instructions:5.1f} instructions a logit, {special:4.1f} of them special functions")
+    for name, sizes in SHAPES.items():
+        for direction in ("forward", "backward"):
+            tiles, chunks = (1e3 * configs.seconds(p, direction, *sizes, torch.bfloat16) for p in configs.PATHS)
+            print(f"{name} {direction:8} bf16, estimated: tiles {tiles:8.3f} ms, chunks {chunks:8.3f} ms")
+
+
+if __name__ == "__main__":
+    main()

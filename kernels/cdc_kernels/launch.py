@@ -164,11 +164,10 @@ class Call:
         """A tensor to point at where nothing is read or written."""
         return self.tensors["scale_ptr"]  # type: ignore[no-any-return]
 
-    @property
-    def images(self) -> Tensor:
+    def images(self, dtype: torch.dtype) -> Tensor:
         """Image features as [M, B, D]."""
-        M = self.sizes["M"]
-        return self.image.transpose(0, 1) if self.image.dim() == 3 else self.image.expand(M, -1, -1)
+        x, M = self.image.to(dtype), self.sizes["M"]
+        return x.transpose(0, 1) if x.dim() == 3 else x.expand(M, -1, -1)
 
     def config(self, kind: str) -> Config:
         """The default configuration of a kind of kernel."""
@@ -210,7 +209,7 @@ class Call:
         """This call for classes first .. last, whose products with every image go into the workspace first."""
         M, B = self.sizes["M"], self.sizes["B"]
         here = work[: M * B * (last - first)].view(M, B, last - first)
-        multiply(self.images, self.text[:, first:last].transpose(1, 2), here)
+        multiply(self.images(self.image.dtype), self.text[:, first:last].transpose(1, 2), here)
         sizes = self.sizes | {"x_m": here.stride(0), "x_b": here.stride(1)}
         return dataclasses.replace(self, tensors=self.tensors | {"x_ptr": here}, sizes=sizes)
 
@@ -458,20 +457,22 @@ def tile_gradients(
 def chunk_gradients(call: Call, planes: Tensor, g_ratio: Tensor | None, fused: bool, out: Wanted) -> None:
     """A library multiplies, over chunks of classes; one kernel between turns products into their gradients.
 
-    Beyond inputs and gradients it takes ``configs.WORKSPACE`` bytes (or one tile of classes, if that is more) and, for
-    image gradients, M float32 copies of these.
+    Beyond inputs and gradients it takes ``configs.WORKSPACE`` bytes (or one tile of classes, if that is more), for
+    image gradients M float32 copies of these, and for float16 features a float32 copy of the images.
     """
     B, M, K, D = (call.sizes[name] for name in "BMKD")
     config = call.config("slope")
+    gradient_dtype = torch.bfloat16 if call.half else torch.float32
     text_buffer = out.text is not None and out.text.dtype != torch.float32
-    bytes_a_class = M * ((6 if call.half else 4) * B + 4 * D * text_buffer)
+    text_copy = out.image is not None and call.text.dtype != gradient_dtype
+    bytes_a_class = M * ((6 if call.half else 4) * B + 4 * D * (text_buffer + text_copy))
     columns = call.columns(bytes_a_class, configs.WORKSPACE, config)
     work = planes.new_empty(M * B * columns)
     halves = planes.new_empty(M * B * columns if call.half else 0, dtype=torch.bfloat16)
     buffer = planes.new_empty(M * columns * D if text_buffer else 0)
     partial = planes.new_empty(3 * M * triton.cdiv(columns, config.classes) * B if out.rows is not None else 0)
     per_prompt = planes.new_empty((M, B, D) if out.image is not None else 0)
-    images = call.images.to(torch.bfloat16 if call.half else torch.float32)
+    images = call.images(gradient_dtype)
     for total in (out.image, out.rows):
         if total is not None:
             total.zero_()
@@ -504,7 +505,7 @@ def chunk_gradients(call: Call, planes: Tensor, g_ratio: Tensor | None, fused: b
         if out.rows is not None:
             out.rows += partial[: 3 * M * tiles * B].view(3, M, tiles, B).sum(2)
         if out.image is not None:
-            multiply(slope, text.to(slope.dtype), per_prompt)
+            multiply(slope, text.to(gradient_dtype), per_prompt)
             out.image += per_prompt.sum(0) if out.image.dim() == 2 else per_prompt.transpose(0, 1)
         if out.text is not None:
             mine = out.text[:, first:last]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
 
@@ -227,6 +228,39 @@ def test_operators_called_directly_refuse_what_does_not_fit(at, value, words):
     arguments[at] = value
     with pytest.raises(ValueError, match=words):
         launch.row_sums(launch.Inputs(*arguments), True)
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of all tensors made without content, and of the largest of them; results not counted."""
+
+    def __init__(self, *results):
+        super().__init__()
+        self.results, self.total, self.largest = [list(r) for r in results], 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("empty", "new_empty") and list(out.shape) not in self.results:
+            self.total += out.nbytes
+            self.largest = max(self.largest, out.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("M", [1, 4])
+def test_the_second_paths_workspace_does_not_grow_with_classes(monkeypatch, M):
+    """Forward and backward: as stated, whatever K is, and no larger for more prompts."""
+    B, D = 8, 6
+    monkeypatch.setattr(configs, "WORKSPACE", 4 * B * 4 * 32)  # two tiles of 16 classes for four prompts
+    used = []
+    for K in (200, 400):
+        i = launch.Inputs(*inputs(B, M, K, D, grad=False), None, None, "exp", "dempster", float(K))
+        with configs.force_path("chunks"):
+            with Allocated((4, M + 1, B)) as forward:
+                _, sums = launch.row_sums(i, False)
+            with Allocated((M, K, D), (B, D)) as backward:
+                launch.gradients(i, torch.cat([sums[:3], sums]), None, None, True, True, False)
+        used.append((forward.total, forward.largest, backward.total))
+    assert used[0] == used[1]
+    assert forward.largest <= configs.WORKSPACE and backward.total <= configs.WORKSPACE + 4 * M * B * D
 
 
 class Counted:
