@@ -64,6 +64,26 @@ class ClassTokens:
         return replace(self, ids=self.ids.to(device), lengths=self.lengths.to(device))
 
 
+def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names if they are a list of distinct, non-blank strings; else a ValueError that says which are not."""
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"names: expected a sequence of strings, got {names!r:.80}")
+    if len(names) == 0:
+        raise ValueError("names: expected at least one class name, got an empty list")
+    if blank := [i for i, name in enumerate(names) if not _words(name)]:
+        raise ValueError(f"names: expected words, got blank names at positions {blank}")
+    first: dict[str, str] = {}
+    for name in names:
+        if (words := _words(name)) in first:
+            raise ValueError(f"names: {name!r} and {first[words]!r} are the same class")
+        first[words] = name
+    return tuple(names)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").strip()
+
+
 def tokenize_classes(backbone: ClipBackbone, names: Sequence[str], template: str = "{}.") -> ClassTokens:
     """Tokenise class names for `encode_prompted_text`.
 
@@ -86,15 +106,10 @@ def tokenize_classes(backbone: ClipBackbone, names: Sequence[str], template: str
         (2, 'fire_engine')
     """
     backbone.require_promptable_text()
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"names: expected a sequence of strings, got {names!r:.80}")
-    if len(names) == 0:
-        raise ValueError("names: expected at least one class name, got an empty list")
+    names = check_names(names)
     if template.count("{}") != 1:
         raise ValueError(f"template: expected exactly one '{{}}', got {template!r}")
-    texts = [name.replace("_", " ").strip() for name in names]
-    if blank := [i for i, text in enumerate(texts) if not text]:
-        raise ValueError(f"names: expected words, got blank names at positions {blank}")
+    texts = [_words(name) for name in names]
 
     head = template.split("{}")[0]
     rows = [backbone.encode_words(template.replace("{}", text)) for text in texts]

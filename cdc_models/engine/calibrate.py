@@ -27,10 +27,10 @@ def calibrate(model: Method, loader: Labelled, *, max_iter: int = 100) -> float:
         Mean negative log-likelihood after the fit.
 
     Raises:
-        ValueError: for an empty loader.
+        ValueError: for an empty loader, or targets that do not fit the images or the classes.
     """
     features = extract_features(model, loader, progress=False)
-    targets = features.targets.to(features.image.device)
+    targets = model.check_targets(features.image, features.targets).to(features.image.device)
     parameters, negative_log_likelihood = model.calibration(features.image, model.cached_text_features(), targets)
     if not parameters:
         return float(negative_log_likelihood().detach())

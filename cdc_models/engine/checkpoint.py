@@ -54,11 +54,14 @@ class Position:
 
 
 class Randomness:
-    """The random states that training reads: torch's (and of a GPU), Python's, numpy's, and the loader's generator."""
+    """The random states that training reads: torch's (and of a GPU), Python's, numpy's, and the loader's generators."""
 
     def __init__(self, loader: object, device: torch.device) -> None:
-        generator = getattr(loader, "generator", None)
-        self.generator = generator if isinstance(generator, torch.Generator) else None
+        # a DataLoader's own generator, and that of a sampler which it was given
+        batches = getattr(loader, "batch_sampler", None)
+        owners = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+        found = (getattr(owner, "generator", None) for owner in owners)
+        self.generators = list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
         self.device = device if device.type == "cuda" else None
 
     def read(self) -> dict[str, Tensor]:
@@ -72,8 +75,7 @@ class Randomness:
             "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_gauss], dtype=torch.int64),
             "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         }
-        if self.generator is not None:
-            states["loader"] = self.generator.get_state()
+        states |= {f"loader{i}": generator.get_state() for i, generator in enumerate(self.generators)}
         if self.device is not None:
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
@@ -88,8 +90,9 @@ class Randomness:
         *keys, position, has_gauss = states["numpy"].tolist()
         cached = states["numpy_gauss"].item()
         np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-        if self.generator is not None and "loader" in states:
-            self.generator.set_state(states["loader"])
+        for i, generator in enumerate(self.generators):
+            if f"loader{i}" in states:
+                generator.set_state(states[f"loader{i}"])
         if self.device is not None and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self.device)
 

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
-from cdc_models.methods.base import Method
+from cdc_models.methods.base import Method, as_targets
 
 __all__ = ["Evaluation", "Features", "area_under_risk_coverage", "evaluate", "extract_features"]
 
@@ -147,13 +147,13 @@ def evaluate(
         progress: show progress bars.
 
     Raises:
-        ValueError: for an empty loader, or targets outside [0, K).
+        ValueError: for an empty loader, or targets that are not integers in [0, K), one for each image.
     """
     started = time.perf_counter()
     model.eval()
     features = extract_features(model, loader, progress=progress, what="images of known classes")
     prob, uncertainty = _predict_all(model, features)
-    targets = features.targets.cpu()
+    targets = as_targets(features.image, features.targets).cpu()
     count = prob.shape[1]
     if int(targets.min()) < 0 or int(targets.max()) >= count:
         raise ValueError(

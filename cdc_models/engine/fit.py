@@ -80,8 +80,8 @@ def fit(
 
     With `checkpoint`, a run that was cut off anywhere, also by SIGKILL, goes on where it stood when the same call is
     made again, and ends (on a CPU) with bitwise the same parameters as a run that was not. For that the loader must
-    draw its order from torch's global generator or from its own `generator`, as a DataLoader does; batches of a
-    half-finished epoch are read again and skipped.
+    draw its order from torch's global generator, from its own `generator` or its sampler's, as a DataLoader does;
+    batches of a half-finished epoch are read again and skipped.
 
     Args:
         model: a method with something to learn.
@@ -101,8 +101,8 @@ def fit(
         FitResult.
 
     Raises:
-        ValueError: for settings out of range, a model with nothing to learn, or a loss that is not finite (the
-            message says at which step; parameters keep their last finite values).
+        ValueError: for settings out of range, a model with nothing to learn, a loader that gives no batch, or a loss
+            that is not finite (the message says at which step; no checkpoint of it is written).
         CheckpointError: a checkpoint that is damaged or belongs to another run (a ValueError).
         OSError: a checkpoint that cannot be written; found out before the first step, and an earlier one is kept.
     """
@@ -123,6 +123,8 @@ def fit(
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
     device, started = model.backbone.device, time.perf_counter()
     per_epoch = len(loader) if isinstance(loader, Sized) else None
+    if checkpoint is not None and getattr(loader, "persistent_workers", False):
+        raise ValueError("loader: persistent workers keep random states of their own; a checkpoint needs them off")
     randomness = Randomness(loader, device)
     position, now = Position(), None
     epoch_start = randomness.read()
@@ -131,6 +133,7 @@ def fit(
         run = {
             "epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "seed": seed,
             "warmup_epochs": warmup_epochs, "warmup_lr": warmup_lr, "autocast": str(autocast), "batches": per_epoch,
+            "images": _length(getattr(loader, "dataset", None)), "batch_size": getattr(loader, "batch_size", None),
         }  # fmt: skip
         kept = Checkpoint(Path(checkpoint), model, optimizer, randomness, run)
         if (found := kept.load()) is not None:
@@ -178,23 +181,40 @@ def fit(
                         bar.update(task, advance=1, note=note)
                     due = checkpoint_every and position.steps % checkpoint_every == 0
                     if kept is not None and (due or stopped.is_set()):
+                        _require_finite(model, position, lr)
                         kept.save(position, epoch_start)
                     if stopped.is_set():
                         break
                 else:
+                    if position.seen == 0:
+                        raise ValueError(
+                            f"loader: gave no batch in epoch {position.epoch}; expected one that can be passed over "
+                            f"{epochs} times"
+                        )
                     mean = position.end_epoch()
                     epoch_start = randomness.read()
                     if kept is not None:
+                        _require_finite(model, position, lr)
                         kept.save(position, epoch_start)
                     if on_epoch is not None:
                         on_epoch(position.epoch - 1, mean)
         except KeyboardInterrupt:
             interrupted = True
+        finally:
+            model.eval()
         interrupted = interrupted or stopped.is_set()
         if interrupted and kept is not None and bar is not None:
             bar.console.print(f"Interrupted at step {position.steps}; the same call goes on from {kept.path}.")
-    model.eval()
     return FitResult(position.losses, position.steps, time.perf_counter() - started, interrupted)
+
+
+def _length(dataset: object) -> int | None:
+    return len(dataset) if isinstance(dataset, Sized) else None
+
+
+def _require_finite(model: Method, position: Position, lr: float) -> None:
+    if not all(bool(p.isfinite().all()) for p in model.learned_parameters().values()):
+        raise ValueError(f"parameters are not finite after step {position.steps}; try a smaller lr than {lr}")
 
 
 @contextmanager

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_models.clip import ClipBackbone
-from cdc_models.clip.text_tower import ClassTokens, tokenize_classes
+from cdc_models.clip.classes import ClassTokens, check_names, tokenize_classes
 from cdc_models.data.transforms import Views
 
-__all__ = ["Method", "Prediction", "SoftmaxMethod", "bounded_temperature", "zero_shot_features"]
+__all__ = ["Method", "Prediction", "SoftmaxMethod", "as_targets", "bounded_temperature", "zero_shot_features"]
 
 _MAX_LOG_TEMPERATURE = math.log(100.0)
 
@@ -56,8 +56,9 @@ def bounded_temperature(log_temperature: Tensor) -> Tensor:
 
 def zero_shot_features(backbone: ClipBackbone, names: Sequence[str], template: str) -> Tensor:
     """Unnormalised text features [K, D] of hand-crafted prompts."""
-    with torch.no_grad():
-        return backbone.encode_text(backbone.tokenize([template.format(n.replace("_", " ")) for n in names])).float()
+    texts = [template.replace("{}", n.replace("_", " ")) for n in names]
+    with torch.inference_mode(False), torch.no_grad():
+        return backbone.encode_text(backbone.tokenize(texts)).float()
 
 
 @dataclass
@@ -80,19 +81,28 @@ class Method(nn.Module):
         class_names: the K classes.
 
     Attributes:
+        class_names: the K class names.
+        classes: the same as tokens, for methods that prompt the text tower.
         class_chunk: set it to train on many classes in bounded memory, see `chunk` of `encode_prompted_text`.
+        prompted (of the class): whether the text tower is prompted; False for methods that write whole texts.
+        name_wise (of the class): whether the text features of a class follow from its own name alone, so that those of
+            names which stay may be reused when classes change. A subclass whose features depend on the other classes
+            sets it to False.
     """
 
+    prompted: ClassVar[bool] = True
+    name_wise: ClassVar[bool] = True
     class_chunk: int | None = None
     name: ClassVar[str]
     options: dict[str, Any]
     backbone: ClipBackbone
+    class_names: tuple[str, ...]
     classes: ClassTokens
 
     def __init__(self, backbone: ClipBackbone, class_names: Sequence[str]) -> None:
         super().__init__()
         self.backbone = backbone
-        self.classes = tokenize_classes(backbone, class_names)
+        self._set_classes(class_names)
         self.options = {}
         self.views: Views | None = None  # the augmentation of each template, in training
         self._text_cache = _TextCache()  # shared with what `with_classes` returns
@@ -132,7 +142,7 @@ class Method(nn.Module):
         Raises:
             ValueError: for targets that do not fit, or features where the image side learns.
         """
-        self.check_targets(images, targets)
+        targets = self.check_targets(images, targets)
         if images.ndim > 3:
             if self.views is not None and images.ndim == 4:
                 images = self.views(images)
@@ -149,9 +159,10 @@ class Method(nn.Module):
 
     # -- what every method has --------------------------------------------------------------------------------
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.classes.names
+    def _set_classes(self, names: Sequence[str]) -> None:
+        self.class_names = check_names(names)
+        if self.prompted:
+            self.classes = tokenize_classes(self.backbone, names)
 
     def learned_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes, by name; the frozen backbone has no part in it."""
@@ -169,7 +180,7 @@ class Method(nn.Module):
         other._modules = dict(self._modules)
         other._parameters = dict(self._parameters)
         other._buffers = dict(self._buffers)
-        other.classes = tokenize_classes(self.backbone, names)
+        other._set_classes(names)
         other._text_features = None
         other._changed_classes()
         return other
@@ -177,19 +188,23 @@ class Method(nn.Module):
     def cached_text_features(self) -> Tensor:
         """`text_features` without gradient, float32; after `with_classes`, only names that are new are encoded.
 
-        Computed again after a parameter has changed.
+        Computed again after a parameter has changed in place or been replaced. Changes through ``.data`` go unseen,
+        as they do by autograd: use ``with torch.no_grad()``. The result is shared; clone it before changing it.
         """
-        state = tuple((p.data_ptr(), p._version, p.device) for p in self.parameters())
+        state = tuple((p.data_ptr(), None if p.is_inference() else p._version, p.device) for p in self.parameters())
         if self._text_cache.state != state:
             self._text_cache.state, self._text_cache.of_name = state, {}
         if self._text_features is None or self._text_features[0] != state:
-            of_name = self._text_cache.of_name
+            of_name = self._text_cache.of_name if self.name_wise else {}
             new = [name for name in self.class_names if name not in of_name]
             if new:
                 encoded = self if len(new) == len(self.class_names) else self.with_classes(new)
-                with torch.no_grad():
+                # Whoever asks first, the features must serve everybody: full precision, and fit for autograd.
+                device = self.backbone.device.type
+                with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
                     of_name.update(zip(new, encoded.text_features().float().unbind(1), strict=True))
-            self._text_features = state, torch.stack([of_name[name] for name in self.class_names], 1)
+            with torch.inference_mode(False):
+                self._text_features = state, torch.stack([of_name[name] for name in self.class_names], 1)
         return self._text_features[1]
 
     @torch.no_grad()
@@ -209,19 +224,28 @@ class Method(nn.Module):
         """The numbers that `calibrate` fits, and the mean negative log-likelihood as a function of them."""
         raise NotImplementedError
 
-    def check_targets(self, images: Tensor, targets: Tensor) -> None:
-        """One clear sentence for targets that do not fit the images or the classes."""
+    def check_targets(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Targets as int64, or one clear sentence for targets that do not fit the images or the classes."""
         count = len(self.class_names)
-        if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
-            raise ValueError(f"targets: expected integer class indices, got {targets.dtype}")
-        if targets.ndim != 1 or len(targets) != len(images):
-            raise ValueError(f"targets: expected shape [{len(images)}] to match images, got {tuple(targets.shape)}")
+        targets = as_targets(images, targets)
         if targets.numel() == 0:
             raise ValueError("targets: expected at least one image to train on, got an empty batch")
         if int(targets.min()) < 0 or int(targets.max()) >= count:
             raise ValueError(
                 f"targets: expected class indices in [0, {count}), got {int(targets.min())} to {int(targets.max())}"
             )
+        return targets
+
+
+def as_targets(images: Tensor, targets: Tensor) -> Tensor:
+    """Targets as int64, one for each image; what else comes is refused."""
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"targets: expected a tensor of class indices, got {type(targets).__name__}")
+    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+        raise ValueError(f"targets: expected integer class indices, got {targets.dtype}")
+    if targets.ndim != 1 or len(targets) != len(images):
+        raise ValueError(f"targets: expected shape [{len(images)}] to match images, got {tuple(targets.shape)}")
+    return targets.long()
 
 
 class SoftmaxMethod(Method):

@@ -34,6 +34,7 @@ class ZeroShot(SoftmaxMethod):
     """
 
     name = "zero_shot"
+    prompted = False
 
     def __init__(
         self, backbone: ClipBackbone, class_names: Sequence[str], templates: str | Sequence[str] = "a photo of a {}."

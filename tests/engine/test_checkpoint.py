@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_small_backbone
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from cdc_models import CDC, CoOp, fit
 from cdc_models.engine import CheckpointError
@@ -111,6 +111,34 @@ def test_stopped_by_ctrl_c_it_goes_on_to_the_same_end(tmp_path, backbone, every,
     assert attempts[-1][1].losses == result.losses
     again = run(path, **options)  # a finished run has nothing left to do
     assert torch.equal(again[0], whole) and len(calls) == 15
+
+
+def test_a_sampler_with_its_own_generator_resumes_too(tmp_path, backbone, coloured, monkeypatch):
+    def attempt(path, stop_at=None):
+        data, calls = TensorDataset(*coloured), []
+        sampler = RandomSampler(data, generator=torch.Generator().manual_seed(4))
+        model, loss = CoOp(backbone, CLASSES, seed=1), CoOp.objective
+
+        def stopping(self, *given):
+            calls.append(0)
+            if len(calls) == stop_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return loss(self, *given)
+
+        monkeypatch.setattr(CoOp, "objective", stopping)
+        fit(model, DataLoader(data, 5, sampler=sampler), epochs=3, lr=0.05, seed=0, checkpoint=path, progress=False)
+        monkeypatch.undo()
+        return model.context.vectors.detach()
+
+    whole, path = attempt(None), tmp_path / "run.safetensors"
+    attempt(path, stop_at=7)
+    assert torch.equal(attempt(path), whole)
+
+
+def test_persistent_workers_cannot_be_resumed_and_are_refused(backbone, coloured, tmp_path):
+    loader = DataLoader(TensorDataset(*coloured), 5, num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="persistent workers"):
+        fit(CoOp(backbone, CLASSES), loader, checkpoint=tmp_path / "a", progress=False)
 
 
 def test_a_second_ctrl_c_stops_at_once(backbone, monkeypatch, tmp_path):

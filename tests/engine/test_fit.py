@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from cdc_models import CDC, CoOp, MaPLe, ZeroShot, evaluate, fit
@@ -110,3 +111,18 @@ def test_a_diverging_loss_is_reported_before_it_spreads(backbone, coloured):
 def test_progress_bar_is_shown(backbone, coloured, capsys):
     fit(CoOp(backbone, CLASSES), loader_of(coloured), epochs=1, progress=True)
     fit(CoOp(backbone, CLASSES), (batch for batch in [coloured]), epochs=1, progress=True)  # a loader without length
+
+
+def test_a_loader_that_gives_nothing_is_refused(backbone, coloured):
+    with pytest.raises(ValueError, match="loader: gave no batch in epoch 0"):
+        fit(CoOp(backbone, CLASSES), [], epochs=2, progress=False)
+    with pytest.raises(ValueError, match="loader: gave no batch in epoch 1"):
+        fit(CoOp(backbone, CLASSES), (batch for batch in [coloured]), epochs=3, progress=False)
+
+
+def test_no_checkpoint_of_parameters_that_are_not_finite(backbone, coloured, tmp_path):
+    model, path = CoOp(backbone, CLASSES), tmp_path / "run.safetensors"
+    with pytest.raises(ValueError, match="not finite after step|loss became"):
+        fit(model, [coloured] * 9, lr=1e38, warmup_epochs=0, checkpoint=path, checkpoint_every=1, progress=False)
+    assert not model.training
+    assert all(bool(t.isfinite().all()) for n, t in load_file(path).items() if n.startswith("model."))

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from cdc_models import CDC, METHODS, CoOp, MaPLe, ZeroShot
+from cdc_models.clip import ClipBackbone
+from cdc_models.clip.sources import build_network
+from cdc_models.clip.tokenizer import cut_tokenizer
 from cdc_models.methods.cdc import DEFAULT_VIEWS
 
 CLASSES = ["cat", "dog", "tea pot"]
@@ -243,6 +246,69 @@ def test_new_classes_encode_only_new_names(name, backbone, monkeypatch):
     with torch.no_grad():
         assert torch.allclose(reused, other.text_features(), atol=1e-5)
     assert torch.equal(model.cached_text_features()[:, :2], reused[:, [2, 0]])
+
+
+def test_features_cached_in_inference_mode_or_autocast_serve_training_too(backbone, images):
+    model = build("cdc", backbone)
+    with torch.no_grad():
+        exact = model.text_features()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        model.predict(images)
+    assert not model.cached_text_features().is_inference()
+    assert torch.equal(model.cached_text_features(), exact)
+    model.opinion(model.image_features(images)).log_ratio.sum().backward()
+    with torch.inference_mode():
+        built = build("coop", backbone)
+        assert built.predict(images).prob.shape == (len(images), len(CLASSES))
+
+
+def test_features_that_depend_on_the_other_classes_are_not_reused(backbone):
+    class Centred(CoOp):
+        name_wise = False
+
+        def text_features(self):
+            features = super().text_features()
+            return features - features.mean(1, keepdim=True)
+
+    model = Centred(backbone, CLASSES)
+    model.cached_text_features()
+    other = model.with_classes([CLASSES[0], "spoon"])
+    with torch.no_grad():
+        assert torch.allclose(other.cached_text_features(), other.text_features(), atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["RN50-like", "SigLIP-like", "average pool"])
+def test_zero_shot_works_where_the_text_tower_cannot_be_prompted(variant, images):
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 20, "vocab_size": 1514, "width": 32, "heads": 2, "layers": 2}
+    changes = {
+        "RN50-like": ({"layers": [1, 1, 1, 1], "width": 16, "patch_size": None}, {}),
+        "SigLIP-like": ({}, {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}),
+        "average pool": ({}, {"pool_type": "first"}),
+    }[variant]
+    cfg = {"embed_dim": 16, "custom_text": True, "vision_cfg": vision | changes[0], "text_cfg": text | changes[1]}
+    torch.manual_seed(0)
+    backbone = ClipBackbone(build_network(cfg), name="odd", make_tokenizer=lambda: cut_tokenizer(1000, 20))
+    model = ZeroShot(backbone, CLASSES)
+    size = backbone.image_shape
+    pictures = torch.randn(2, 3, *size)
+    assert model.predict(pictures).prob.shape == (2, 3)
+    assert model.with_classes(["spoon", "fork"]).predict(pictures).prob.shape == (2, 2)
+    with pytest.raises(ValueError, match="same class"):
+        ZeroShot(backbone, ["a_b", "a b"])
+    if variant != "RN50-like":
+        with pytest.raises(ValueError, match="cannot be prompted"):
+            CoOp(backbone, CLASSES)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_targets_of_any_integer_dtype(dtype, backbone, images):
+    for name in ("coop", "maple", "cdc"):
+        model = build(name, backbone, **({"views": None} if name == "cdc" else {}))
+        targets = torch.arange(len(images)) % 3
+        assert torch.equal(model.loss(images, targets.to(dtype)), model.loss(images, targets))
+    with pytest.raises(ValueError, match="targets: expected a tensor.*list"):
+        model.loss(images, [0, 1, 2, 0, 1])
 
 
 @pytest.mark.parametrize("name", METHODS)
