@@ -59,7 +59,7 @@ BASE: dict[str, Any] = {
     "HAS_BIAS": True, "NORMALIZE": True, "EVEN_D": True, "PRECISION": "ieee", "UPCAST": False,
 }  # fmt: skip
 OPINION, LOSS = {"RATIO": True, "G_RATIO": True}, {"TARGET": True}
-#: What the fused kernels do: name -> flags. The top-k is the opinion's kernel. All of these in every dtype.
+#: What the fused kernels do: name -> flags. The top-k is the opinion's kernel. All of these in float32 and bf16.
 MODES: dict[str, dict[str, Any]] = {
     "opinion": OPINION,
     "loss digamma, log": LOSS,
@@ -67,19 +67,20 @@ MODES: dict[str, dict[str, Any]] = {
     "loss digamma, log + kl": LOSS | {"KL": True},
     "loss mse + kl": LOSS | {"SQUARE": True, "KL": True},
 }
+#: float16 differs from bf16 in little: these modes of it will do.
+FLOAT16_MODES = ("opinion", "loss digamma, log", "loss mse + kl")
 #: And these in one dtype, the first: other activations, other rules, what small problems and odd sizes need.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"opinion, {each}": OPINION | {"ACTIVATION": each} for each in ACTIVATIONS[1:]},
     **{f"opinion, {each}": OPINION | {"RULE": each} for each in RULES[1:]},
-    **{f"loss, {each}": LOSS | {"ACTIVATION": each} for each in ACTIVATIONS[1:]},
-    **{f"loss, {each}": LOSS | {"RULE": each} for each in RULES[1:]},
     "prompts alone": {"FUSED": False},
     "loss, one tile": LOSS | {"WHOLE": True},
+    "loss, sizes of one": LOSS | {"ONES": True},
     "opinion, odd D": OPINION | {"EVEN_D": False, "NORMALIZE": False, "HAS_BIAS": False},
 }
 SMALL_CASES: dict[str, dict[str, dict[str, Any]]] = {
-    "finish": {name: MODES[name] | {"ADD": True} for name in MODES},
-    "project": {"": {}},
+    "finish": {**MODES, "sizes of one": MODES["loss mse + kl"] | {"ADD": False}},
+    "project": {"": {}, "sizes of one": {}},
     "fuse_forward": {rule: {"RULE": rule} for rule in RULES[:3]},
     "fuse_backward": {rule: {"RULE": rule} for rule in RULES[:3]},
     "decoupling_forward": {"cosine": {"SQUARED": False}, "cosine_squared": {"SQUARED": True}},
@@ -88,6 +89,8 @@ SMALL_CASES: dict[str, dict[str, dict[str, Any]]] = {
         form + kl: {"FORM": form, "KL": bool(kl)} for form in ("digamma", "log", "mse") for kl in ("", " + kl")
     },
 }
+#: The launcher makes a size of 1 a constant; a kernel must not take it for a tensor then.
+ONES = {"B", "M", "K", "D", "last", "tiles", "N"}
 INTEGERS = {"total", "N", "B", "M", "K", "D", "R", "first", "last", "tiles", "group"}
 FLOATS = {"top", "kl_weight", "log_w", "log_share", "log_share_of_class", "log_others"}
 
@@ -137,6 +140,9 @@ def source(kernel: str, case: str, dtype: str, arch: str) -> tuple[ASTSource, di
         stride = name.islower() and name[-2:-1] == "_" and name not in FLOATS
         if name.endswith("_ptr"):
             signature[name] = "*i64" if name == "target_ptr" else f"*{dtype if name in features else 'fp32'}"
+        elif name in ONES and (flags.get("ONES") or case == "sizes of one"):
+            signature[name] = "constexpr"
+            constexprs[(at,)] = 1
         elif name in INTEGERS or stride:
             signature[name] = "i32"
         elif name in FLOATS:
@@ -147,6 +153,7 @@ def source(kernel: str, case: str, dtype: str, arch: str) -> tuple[ASTSource, di
         even = stride or name == "D"
         if name.endswith("_ptr") or (even and flags["EVEN_D"]):
             attrs[(at,)] = [["tt.divisibility", 16]]
+    attrs = {at: each for at, each in attrs.items() if at not in constexprs}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return ASTSource(function, signature, constexprs, attrs), options
 
@@ -210,7 +217,8 @@ def everything() -> Iterator[tuple[str, str, str, str]]:
         for kernel, (_, _, dtypes) in FUSED.items():
             for case in MODES:
                 for dtype in dtypes:
-                    yield kernel, case, dtype, target
+                    if dtype != "fp16" or case in FLOAT16_MODES:
+                        yield kernel, case, dtype, target
             for case in VARIANTS:
                 yield kernel, case, dtypes[0], target
         for kernel, cases in SMALL_CASES.items():

@@ -91,7 +91,8 @@ class Inputs:
     @property
     def tf32(self) -> bool:
         """Whether PyTorch may multiply float32 features as tf32."""
-        return self.image.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        # not allow_tf32, which raises once a program has used the newer setting
+        return self.image.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def unit_last(x: Tensor) -> Tensor:
@@ -252,7 +253,7 @@ def run_forward(
         FUSED=fused,
         SUMS=sums is not None,
         RATIO=ratio is not None,
-        WHOLE=partial is sums,
+        WHOLE=sums is not None and partial is sums,
         LOADED=loaded,
         **call.flags,
         **call.tile(config),

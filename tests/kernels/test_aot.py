@@ -16,15 +16,16 @@ from cdc_kernels import aot, chunks, decoupling, fused_opinion, fusion, row_loss
 
 COMMITTED = Path(__file__).parents[2] / "benches/results/aot/aot.json"
 #: Stated bounds on spilled registers, bytes for each thread: KL's gamma functions spill, and so do the addresses of
-#: features whose size is odd.
-STACK, STACK_ODD = 256, 384
+#: features whose size is odd. Sizes of one are compiled to see that they compile.
+STACK = 320
+STACK_OF_CASE = {"opinion, odd D": 800, "loss, sizes of one": 640}
 
 
 def check(report):
     """Bounds that hold whatever the compiler's version."""
     _, _, shared, _ = aot.TARGETS[report["target"]]
     assert report["shared"] <= shared, report
-    assert report["stack"] <= (STACK_ODD if "odd" in report["case"] else STACK), report
+    assert report["stack"] <= STACK_OF_CASE.get(report["case"], STACK), report
     assert report["warp"] == (64 if report["target"] == "gfx942" else 32), report
     products = report["kernel"] in aot.WITH_PRODUCTS and (report["dtype"] != "fp32" or report["target"] == "gfx942")
     assert (report["matrix_instructions"] > 0) == products, report

@@ -25,6 +25,7 @@ from cdc_ops import (  # noqa: E402
 from cdc_ops.dirichlet import RowSums, loss_from_row_sums  # noqa: E402
 from cdc_ops.special import kl_element  # noqa: E402
 
+both_paths = pytest.mark.parametrize("path", configs.PATHS)
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU instead")
 
 
@@ -44,19 +45,22 @@ def test_opcheck_row_sums(bias):
     torch.library.opcheck(ops.row_sums, (*inputs(bias=bias), None, target, *options))
 
 
-def test_opcheck_row_sums_of_prompts_alone():
-    torch.library.opcheck(
-        ops.row_sums, (*inputs(), None, None, "softplus", "cumulative", 5.0, False, False, False, False)
-    )
+@both_paths
+def test_opcheck_row_sums_of_prompts_alone(path):
+    with configs.force_path(path):
+        torch.library.opcheck(
+            ops.row_sums, (*inputs(), None, None, "softplus", "cumulative", 5.0, False, False, False, False)
+        )
 
 
-def test_opcheck_backward():
+@both_paths
+def test_opcheck_backward(path):
     x = inputs(grad=False)
     planes, ratio = torch.rand(7, 3, 2), torch.rand(2, 5)
     options = ("exp", "weighted", 5.0, False, False)
-    torch.library.opcheck(
-        ops.row_sums_backward, (*x, torch.rand(2, 2), None, *options, planes, ratio, None, True, False, True, True)
-    )
+    arguments = (*x, torch.rand(2, 2), None, *options, planes, ratio, None, True, False, True, True)
+    with configs.force_path(path):
+        torch.library.opcheck(ops.row_sums_backward, arguments)
 
 
 @pytest.mark.parametrize("form", ["digamma", "log", "mse"])
@@ -249,9 +253,9 @@ class Allocated(TorchDispatchMode):
 def test_the_second_paths_workspace_does_not_grow_with_classes(monkeypatch, M):
     """Forward and backward: as stated, whatever K is, and no larger for more prompts."""
     B, D = 8, 6
-    monkeypatch.setattr(configs, "WORKSPACE", 4 * B * 4 * 32)  # two tiles of 16 classes for four prompts
+    monkeypatch.setattr(configs, "WORKSPACE", 4 * B * 4 * 16)  # one tile of 16 classes for four prompts
     used = []
-    for K in (200, 400):
+    for K in (80, 160):
         i = launch.Inputs(*inputs(B, M, K, D, grad=False), None, None, "exp", "dempster", float(K))
         with configs.force_path("chunks"):
             with Allocated((4, M + 1, B)) as forward:
