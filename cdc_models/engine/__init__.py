@@ -1,6 +1,6 @@
 """Training, calibration, evaluation and adapter files."""
 
-from cdc_models.engine.adapters import load_adapter, save_adapter
+from cdc_models.engine.adapters import adapter_info, load_adapter, save_adapter
 from cdc_models.engine.calibrate import calibrate
 from cdc_models.engine.checkpoint import CheckpointError
 from cdc_models.engine.evaluate import Evaluation, Features, evaluate, extract_features
@@ -11,6 +11,7 @@ __all__ = [
     "Evaluation",
     "Features",
     "FitResult",
+    "adapter_info",
     "calibrate",
     "evaluate",
     "extract_features",
