@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # jsonargparse wants a value for a boolean; a bare switch means yes.
     given = [f"{argument}=true" if argument in SWITCHES else argument for argument in given]
     try:
-        _run(COMMANDS, _group(COMMANDS, "cdc", EXIT).parse_args(given))
+        _run(COMMANDS, _fill(ArgumentParser(prog="cdc", description=EXIT), COMMANDS).parse_args(given))
     except KeyboardInterrupt as stop:
         _end(130, f"interrupted: {stop}" if str(stop) else "interrupted")
     except (ValueError, FileNotFoundError, ImportError) as error:
@@ -55,17 +55,18 @@ def _end(status: int, message: object) -> None:
     raise SystemExit(status) from None
 
 
-def _group(commands: dict[str, Any], name: str, description: str) -> ArgumentParser:
-    """A parser with a subcommand for each of the commands."""
-    parser = ArgumentParser(prog=name, description=description)
+def _fill(parser: ArgumentParser, commands: dict[str, Any]) -> ArgumentParser:
+    """A subcommand for each of the commands; a group of commands is one with subcommands of its own."""
     below = parser.add_subcommands(required=True, dest="command")
     for word, command in commands.items():
         if isinstance(command, dict):
-            text = "one of " + ", ".join(command)
-            below.add_subcommand(word, _group(command, f"{name} {word}", text), help=text)
+            text = f"One of {', '.join(command)}."
+            child = ArgumentParser(description=text)
+            below.add_subcommand(word, child, help=text)
+            _fill(child, command)
         else:
-            text = inspect.getdoc(command) or ""
-            below.add_subcommand(word, _parser(command, text.split("\n\nArgs:")[0]), help=text.split("\n")[0])
+            text = (inspect.getdoc(command) or "").split("\n\nArgs:")[0]
+            below.add_subcommand(word, _parser(command, text), help=text.split("\n")[0])
     return parser
 
 

@@ -77,6 +77,8 @@ def recipe(label: str, changes: dict[str, Any], training: Training) -> Recipe:
         raise ValueError(f"methods: {label!r} is none of {sorted(METHODS)}, nor do the settings give it a method")
     if unknown := sorted(changes.keys() - {f.name for f in fields(Training)}):
         raise ValueError(f"settings: {label!r} changes {unknown}; expected method, options or fields of the training")
+    if method == ZeroShot.name:
+        return Recipe(method, dict(options))  # how others are trained makes it no other
     return Recipe(method, dict(options), replace(training, **changes))
 
 

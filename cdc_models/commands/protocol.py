@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cdc_models.commands.parts import backbone_of
-from cdc_models.commands.run_folder import resolved, start_run, write_json, write_text
+from cdc_models.commands.run_folder import resolved, save_settings, write_json, write_text
 from cdc_models.commands.settings import Backbone, Compute, Interrupted, Output
 from cdc_models.data import BASE_TO_NEW, IMAGENET_VARIANTS, ImageDataset, find_published, load_dataset
 from cdc_models.protocols import Cell, Runner, Target, latex, lines, markdown, plan, summarise
@@ -59,7 +59,8 @@ class BaseToNew:
 
 @dataclass(frozen=True)
 class FewShot(BaseToNew):
-    __doc__ = BaseToNew.__doc__
+    """What is run."""
+
     out: Path = Path("runs/few-shot")
     shots: int | tuple[int, ...] = (1, 2, 4, 8, 16)
     settings: Settings = field(default_factory=lambda: {"coop": COOP_FEW_SHOT})
@@ -67,7 +68,12 @@ class FewShot(BaseToNew):
 
 @dataclass(frozen=True)
 class CrossDataset(BaseToNew):
-    __doc__ = f"{BaseToNew.__doc__}    source: what is trained on, and tested on besides the datasets.\n"
+    """What is run.
+
+    Args:
+        source: what is trained on, and tested on besides the datasets.
+    """
+
     out: Path = Path("runs/cross-dataset")
     datasets: tuple[str, ...] = ELEVEN[1:]
     settings: Settings = field(default_factory=lambda: {"coop": COOP, "maple": SHALLOW, "cdc": SHALLOW})
@@ -76,14 +82,16 @@ class CrossDataset(BaseToNew):
 
 @dataclass(frozen=True)
 class DomainGeneralisation(CrossDataset):
-    __doc__ = CrossDataset.__doc__
+    """What is run."""
+
     out: Path = Path("runs/domain-generalisation")
     datasets: tuple[str, ...] = VARIANTS
 
 
 @dataclass(frozen=True)
 class TransferTraining(Training):
-    __doc__ = (Training.__doc__ or "").replace("base-to-new", "cross-dataset and domain generalisation")
+    """How a method is trained; MaPLe's published settings of these protocols."""
+
     epochs: int = 2
     lr: float = 0.0026
 
@@ -138,7 +146,7 @@ def _run(
     with Console(quiet=not output.progress).status("listing images"):
         datasets = _load([*([] if source is None else [source]), *what.datasets], what.root)
     clip = backbone_of(backbone.backbone, backbone.pretrained, compute)
-    start_run(what.out, resolved(what, training, backbone, compute, output))
+    save_settings(what.out, resolved(what, training, backbone, compute, output))
     rows = _work(Runner(protocol, datasets, clip, what.out, compute.workers, compute.test_batch,
         compute.checkpoint_every, output.progress), cells, recipes, output)  # fmt: skip
     published = {"base-to-new": ELEVEN, "cross-dataset": ELEVEN[1:]}

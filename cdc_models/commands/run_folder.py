@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 
 from cdc_models.commands.settings import Compute, Output
 
-__all__ = ["resolved", "start_run", "write_json", "write_text"]
+__all__ = ["resolved", "save_settings", "start_run", "write_json", "write_text"]
 
 _NOT_THE_RUN = {"out", *(f.name for cls in (Compute, Output) for f in fields(cls))}
 
@@ -26,25 +26,35 @@ def resolved(*settings: Any, **changes: Any) -> dict[str, Any]:
 
 
 def start_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of a run and save its settings in config.yaml; a folder of the same run is gone on with.
+    """Make the folder of one training and save its settings; a folder of the same training is gone on with.
 
     Raises:
         ValueError: if the folder holds a run with other settings; those that change no result may differ.
         OSError: if it cannot be written.
     """
     path = folder / "config.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         try:
             there = yaml.safe_load(path.read_text())
-            assert isinstance(there, dict)
-        except (yaml.YAMLError, UnicodeDecodeError, AssertionError) as error:
-            raise ValueError(f"out: {path} is not a file of settings; delete it or give another folder") from error
+        except (yaml.YAMLError, UnicodeDecodeError):
+            there = None
+        if not isinstance(there, dict):
+            raise ValueError(f"out: {path} is not a file of settings; delete it or give another folder")
         names = sorted((there.keys() | settings.keys()) - _NOT_THE_RUN)
         if differ := [name for name in names if there.get(name) != settings.get(name)]:
             told = "; ".join(f"{n}: {_short(there.get(n))} there, {_short(settings.get(n))} here" for n in differ)
             raise ValueError(f"out: {folder} holds another run ({told}); give another folder, or delete that one")
-    write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    save_settings(folder, settings)
+
+
+def save_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a run into config.yaml in its folder, which is made.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def _short(value: object) -> str:

@@ -133,12 +133,17 @@ class Output:
 
     @property
     def progress(self) -> bool:
-        """Whether progress bars are shown."""
+        """Whether progress bars are shown: to a person at a terminal."""
+        return self.talks and Console().is_terminal
+
+    @property
+    def talks(self) -> bool:
+        """Whether anything is said to a person."""
         return not (self.quiet or self.json)
 
     def say(self, what: RenderableType) -> None:
         """Print for a person."""
-        if self.progress:
+        if self.talks:
             Console(width=None if Console().is_terminal else 132).print(what, highlight=False)
 
     def result(self, values: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ def note(summary: Sequence[Mapping[str, Any]], backbone: str) -> str:
     seeds = sorted({seed for cell in summary for seed in cell["seeds"]})
     text = (
         f"Accuracy in %, mean ± deviation over the seeds {', '.join(map(str, seeds))}, with {backbone}. ECE: "
-        "calibration error of the base or test images, before and after one temperature was fitted on the validation shots."
+        "calibration error of the base or test images, as trained and with one temperature fitted on validation shots."
     )
     if papers := sorted({cell["paper"] for cell in summary if cell.get("paper")}):
         text += (
