@@ -1,30 +1,110 @@
-"""The command line: `cdc demo`."""
+"""The command line: a command is a function of typed settings, from which its flags, YAML and help follow."""
 
 from __future__ import annotations
 
+import inspect
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
 
-from jsonargparse import CLI
+from jsonargparse import ArgumentParser, Namespace
 
+from cdc_models.commands.evaluate import evaluate
+from cdc_models.commands.protocol import PROTOCOL_COMMANDS
+from cdc_models.commands.settings import RunFailed
+from cdc_models.commands.train import train
 from cdc_models.demo import demo
+from cdc_models.methods import METHODS
 
 __all__ = ["main"]
 
-COMMANDS = {"demo": demo}
-SWITCHES = ("--ablation",)
+Command = Callable[..., Any]
+
+COMMANDS: dict[str, Command | dict[str, Callable[..., None]]] = {
+    "demo": demo,
+    "train": train,
+    "evaluate": evaluate,
+    "protocol": PROTOCOL_COMMANDS,
+}
+SWITCHES = ("--ablation", "--quiet", "--json")
+EXIT = (
+    "Exit status: 0 done; 2 arguments or input that cannot be used, told in one sentence; 130 interrupted, and the "
+    "same command goes on; 1 anything else that went wrong."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; argument errors end with status 2 and one sentence, Ctrl-C with 130."""
+    """Run a command; see `EXIT` for how it ends."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     # jsonargparse wants a value for a boolean; a bare switch means yes.
     given = [f"{argument}=true" if argument in SWITCHES else argument for argument in given]
     try:
-        CLI(COMMANDS, args=given, as_positional=False, prog="cdc")
-    except ValueError as error:
-        print(f"cdc: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _run(COMMANDS, _fill(ArgumentParser(prog="cdc", description=EXIT), COMMANDS).parse_args(given))
+    except KeyboardInterrupt as stop:
+        _end(130, f"interrupted: {stop}" if str(stop) else "interrupted")
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        _end(2, error)
+    except (RunFailed, OSError) as error:
+        _end(1, error)
+
+
+def _end(status: int, message: object) -> None:
+    print(f"cdc: {message}", file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _fill(parser: ArgumentParser, commands: dict[str, Any]) -> ArgumentParser:
+    """A subcommand for each of the commands; a group of commands is one with subcommands of its own."""
+    below = parser.add_subcommands(required=True, dest="command")
+    for word, command in commands.items():
+        if isinstance(command, dict):
+            text = f"One of {', '.join(command)}."
+            child = ArgumentParser(description=text)
+            below.add_subcommand(word, child, help=text)
+            _fill(child, command)
+        else:
+            text = (inspect.getdoc(command) or "").split("\n\nArgs:")[0]
+            below.add_subcommand(word, _parser(command, text), help=text.split("\n")[0])
+    return parser
+
+
+def _parser(command: Command, description: str) -> ArgumentParser:
+    """Flags for every field of a command's settings, or for its plain arguments."""
+    settings = _settings(command)
+    parser = ArgumentParser(description=f"{description}\n\n{EXIT}")
+    parser.add_argument("--config", action="config", help="YAML file with the same names as the flags; flags win.")
+    if settings:
+        if any(f.name in ("options", "settings") for cls in settings.values() for f in fields(cls)):
+            parser.epilog = "Options of the methods, with their defaults. " + " ".join(map(_options, METHODS))
+        for cls in settings.values():
+            parser.add_class_arguments(cls, None, as_group=True)
+    else:
+        parser.add_function_arguments(command, None, as_group=False)
+    return parser
+
+
+def _options(method: str) -> str:
+    """The options of a method with their defaults, as a sentence."""
+    parameters = list(inspect.signature(METHODS[method]).parameters.values())[2:]
+    return f"{method}: {', '.join(f'{p.name}={json.dumps(p.default)}' for p in parameters)}."
+
+
+def _settings(command: Command) -> dict[str, type]:
+    """Argument -> settings class of a command; none for a command of plain arguments."""
+    hints = get_type_hints(command)
+    return {name: hints[name] for name in inspect.signature(command).parameters if is_dataclass(hints[name])}
+
+
+def _run(commands: dict[str, Any], parsed: Namespace) -> None:
+    command, values = commands[parsed.command], parsed[parsed.command]
+    if isinstance(command, dict):
+        _run(command, values)
+    elif settings := _settings(command):
+        command(**{n: cls(**{f.name: values[f.name] for f in fields(cls)}) for n, cls in settings.items()})
+    else:
+        command(**{name: values[name] for name in inspect.signature(command).parameters})
 
 
 if __name__ == "__main__":

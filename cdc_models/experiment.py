@@ -23,6 +23,7 @@ from cdc_models.data import EmojiBenchmark, ImageSet, emoji_benchmark, harmonic_
 from cdc_models.engine import Evaluation, calibrate, evaluate, extract_features, fit
 from cdc_models.methods import METHODS, Method
 from cdc_models.prompts import ENSEMBLE
+from cdc_models.rows import Rows
 
 __all__ = ["ABLATIONS", "SETTINGS", "Run", "Setting", "run_one", "train_one"]
 
@@ -179,25 +180,15 @@ def curves(evaluation: Evaluation, bins: int = 15, points: int = 20) -> dict[str
     }
 
 
-class Results:
-    """Finished runs in a JSON-lines file, so that an interrupted comparison goes on where it stopped.
+class Results(Rows):
+    """Finished runs of a comparison.
 
     A result counts as done only for the same setting, run and weights.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
-        self.rows: dict[str, dict[str, Any]] = {}
-        self._cut_off = False  # an interruption may have left the last line without its end
-        if path.exists():
-            text = path.read_text()
-            self._cut_off = bool(text) and not text.endswith("\n")
-            for line in text.splitlines():
-                try:
-                    row = json.loads(line)
-                    self.rows[row["key"]] = row
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # a line cut off by an interruption: that run is done again
+        super().__init__(path)
+        self.fingerprint = fingerprint
 
     def key(self, setting: Setting, run: Run) -> str:
         return json.dumps([self.fingerprint[:16], asdict(setting), asdict(run)], sort_keys=True)
@@ -206,15 +197,9 @@ class Results:
         row = self.rows.get(self.key(setting, run))
         return None if row is None else {**row, "label": label}
 
-    def add(self, label: str, setting: Setting, run: Run, result: dict[str, Any]) -> dict[str, Any]:
-        key = self.key(setting, run)
-        row = {"key": key, "label": label, "run": asdict(run), "setting": asdict(setting), **result}
-        self.rows[key] = row
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(("\n" if self._cut_off else "") + json.dumps(row) + "\n")
-        self._cut_off = False
-        return row
+    def keep(self, label: str, setting: Setting, run: Run, result: dict[str, Any]) -> None:
+        row = {"key": self.key(setting, run), "label": label, "run": asdict(run), "setting": asdict(setting), **result}
+        self.add(row)
 
 
 _worker_backbone: ClipBackbone | None = None
@@ -268,7 +253,7 @@ def compare(
             futures = {pool.submit(_work, setting, run): (label, setting, run) for label, setting, run in open_jobs}
             for future in as_completed(futures):
                 label, setting, run = futures[future]
-                results.add(label, setting, run, future.result())
+                results.keep(label, setting, run, future.result())
                 on_done(label, run)
         except BaseException:
             for process in list((pool._processes or {}).values()):

@@ -1,5 +1,6 @@
 """What several rooms of the tests share."""
 
+import json
 import os
 
 import pytest
@@ -51,3 +52,61 @@ def coloured():
     colours = 2 * torch.eye(3)[targets]
     images = colours[:, :, None, None] + 0.3 * torch.randn(24, 3, 32, 32, generator=generator)
     return images, targets
+
+
+# -- the commands: small data, one trained adapter, and a way to call them
+
+PHOTOS = {"red square": (220, 30, 30), "green square": (30, 220, 30), "blue square": (30, 30, 220)}
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Three folders of ten coloured pictures, one of which is none."""
+    from trees import picture
+
+    root = tmp_path_factory.mktemp("data") / "photos"
+    for name, colour in PHOTOS.items():
+        for i in range(10):
+            picture(root / name / f"{i}.png", tuple(max(0, part - 5 * i) for part in colour), (50, 50))
+    (root / "red square/0.png").write_bytes(b"no picture")
+    return root
+
+
+@pytest.fixture
+def cdc(capsys):
+    """Runs a command that reads its images itself: (exit status, stdout, stderr)."""
+    from cdc_models.cli import main
+
+    def call(*arguments):
+        try:
+            main([*map(str, arguments), "--workers=0"])
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def cdc_json(cdc):
+    """Runs a command with --json: what it printed, which is one JSON object."""
+
+    def call(*arguments):
+        status, out, err = cdc(*arguments, "--json")
+        assert status == 0, err
+        return json.loads(out)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(photos, tmp_path_factory):
+    """The folder of a short run of `cdc train`."""
+    from cdc_models.cli import main
+
+    out = tmp_path_factory.mktemp("run") / "cdc"
+    small = ["--shots=4", "--epochs=2", "--options.n_templates=2", "--options.views=[none,grey]"]
+    main(["train", f"--data={photos}", "--backbone=bundled", *small, f"--out={out}", "--workers=0", "--quiet"])
+    return out

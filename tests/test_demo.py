@@ -49,7 +49,7 @@ def test_a_second_call_goes_on_from_the_first(out, capsys):
 
 def test_another_setting_or_backbone_is_another_run(tmp_path):
     results = Results(tmp_path / "r.jsonl", "a" * 64)
-    results.add("x", Setting("coop", lr=0.1), Run(0, 1), {"base": 0.5})
+    results.keep("x", Setting("coop", lr=0.1), Run(0, 1), {"base": 0.5})
     assert results.get("x", Setting("coop", lr=0.1), Run(0, 1)) is not None
     assert results.get("x", Setting("coop", lr=0.2), Run(0, 1)) is None
     assert results.get("x", Setting("coop", lr=0.1), Run(0, 2)) is None

@@ -1,6 +1,6 @@
 """Training, calibration, evaluation and adapter files."""
 
-from cdc_models.engine.adapters import load_adapter, save_adapter
+from cdc_models.engine.adapters import adapter_info, load_adapter, save_adapter
 from cdc_models.engine.calibrate import calibrate
 from cdc_models.engine.checkpoint import CheckpointError
 from cdc_models.engine.evaluate import Evaluation, Features, evaluate, extract_features
@@ -14,6 +14,7 @@ __all__ = [
     "FeatureLoader",
     "Features",
     "FitResult",
+    "adapter_info",
     "cache_features",
     "calibrate",
     "evaluate",

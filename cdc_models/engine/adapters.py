@@ -16,7 +16,7 @@ from cdc_models.engine.files import read_tensors, write_tensors
 from cdc_models.methods import METHODS
 from cdc_models.methods.base import Method
 
-__all__ = ["AdapterError", "load_adapter", "save_adapter"]
+__all__ = ["AdapterError", "adapter_info", "load_adapter", "save_adapter"]
 
 FORMAT = 1
 
@@ -68,6 +68,43 @@ def save_adapter(model: Method, path: str | os.PathLike[str], summary: dict[str,
     return path
 
 
+def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an adapter file says of itself, without a backbone.
+
+    Returns:
+        "method", "options", "classes", "backbone" ({"name", "pretrained"}, as `load_clip` takes them) and "summary".
+
+    Raises:
+        FileNotFoundError: no such file.
+        AdapterError: not an adapter, or damaged.
+    """
+    _, metadata = _read(Path(path))
+    try:
+        parts = {name: json.loads(metadata[name]) for name in ("options", "classes", "backbone", "summary")}
+        name, pretrained = parts["backbone"]["name"], parts["backbone"]["pretrained"]
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise AdapterError(f"{path} has damaged metadata: {error}") from error
+    if not isinstance(name, str) or not isinstance(pretrained, str | None) or not isinstance(parts["summary"], dict):
+        raise AdapterError(f"{path} has damaged metadata: backbone {parts['backbone']}")
+    return {"method": metadata["method"], **parts}
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of an adapter of this format, not yet looked into."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    try:
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
+    missing = [k for k in ("format", "method", "options", "fingerprint", "classes", "backbone") if k not in metadata]
+    if missing:
+        raise AdapterError(f"{path} is not an adapter of this library: its metadata lacks {', '.join(missing)}")
+    if metadata["format"] != str(FORMAT):
+        raise AdapterError(f"{path} has adapter format {metadata['format']!r}, this library reads format {FORMAT}")
+    return tensors, metadata
+
+
 def load_adapter(
     path: str | os.PathLike[str], backbone: ClipBackbone, class_names: Sequence[str] | None = None
 ) -> Method:
@@ -83,17 +120,7 @@ def load_adapter(
         AdapterError: not an adapter, damaged, of an unknown method, for another backbone or other tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter file at {path}")
-    try:
-        tensors, metadata = read_tensors(path)
-    except ValueError as error:
-        raise AdapterError(str(error)) from error
-    missing = [k for k in ("format", "method", "options", "fingerprint", "classes", "backbone") if k not in metadata]
-    if missing:
-        raise AdapterError(f"{path} is not an adapter of this library: its metadata lacks {', '.join(missing)}")
-    if metadata["format"] != str(FORMAT):
-        raise AdapterError(f"{path} has adapter format {metadata['format']!r}, this library reads format {FORMAT}")
+    tensors, metadata = _read(path)
     if metadata["method"] not in METHODS:
         raise AdapterError(f"{path} is for method {metadata['method']!r}; known are {sorted(METHODS)}")
     try:

@@ -1,0 +1,104 @@
+"""`cdc evaluate`: how often a classifier is right, and whether it knows when it is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from cdc_models.commands.parts import dataset_of, model_of
+from cdc_models.commands.run_folder import write_json
+from cdc_models.commands.settings import Compute, Data, Model, Output
+from cdc_models.data import ImageReport, load_dataset
+from cdc_models.engine import Evaluation
+from cdc_models.engine import evaluate as evaluate_model
+from cdc_models.provenance import git_commit, versions
+from cdc_models.recipes import reader
+
+__all__ = ["Question", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Args:
+        split: which images of the data.
+        unknown: another dataset (name, folder or table), none of whose classes the classifier knows: can it tell?
+        out: file for the figures as JSON; none: not written.
+    """
+
+    split: Literal["test", "val", "train"] = "test"
+    unknown: str | None = None
+    out: Path | None = None
+
+
+def evaluate(model: Model, data: Data, question: Question, compute: Compute, output: Output) -> None:
+    """Evaluate an adapter, or zero-shot CLIP, on labelled images.
+
+    An adapter classifies among the classes of the data, also when it was trained on others. Reports accuracy,
+    calibration, the worth of the uncertainty, and skipped images.
+    """
+    dataset = dataset_of(data)
+    strangers = None if question.unknown is None else load_dataset(question.unknown, _root_of(question.unknown, data))
+    classifier = model_of(model, compute, dataset.classes, dataset.template)
+    known = reader(getattr(dataset, question.split), classifier.backbone, compute.test_batch, compute.workers)
+    unknown = None
+    if strangers is not None:
+        unknown = reader(strangers.test, classifier.backbone, compute.test_batch, compute.workers)
+    found = evaluate_model(classifier, known, unknown=unknown, progress=output.progress)
+    reports = {"known": known.report, "unknown": ImageReport(0) if unknown is None else unknown.report}
+    values = {
+        "data": dataset.name,
+        "split": question.split,
+        "half": data.half,
+        "classes": len(dataset.classes),
+        "method": classifier.name,
+        "adapter": model.adapter,
+        "backbone": classifier.backbone.name,
+        **{name: None if value != value else value for name, value in found.numbers().items()},
+        "images": {name: report.to_dict() for name, report in reports.items()},
+        "versions": versions(classifier.backbone.device),
+        "commit": git_commit(),
+    }
+    if question.out is not None:
+        question.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(question.out, values)
+    output.result(values)
+    output.say(_table(f"{classifier.name} on {dataset.name}, {question.split}, {data.half} classes", found))
+    for report in reports.values():
+        for image in report.skipped[:10]:
+            output.say(f"skipped {image.path}: {image.reason} ({image.detail})")
+        if report.skipped:
+            output.say(str(report))
+
+
+def _root_of(name: str, data: Data) -> str | None:
+    """The root of all datasets goes for the unknown one too; that of a table does not."""
+    from cdc_models.data import find_published
+
+    return data.root if find_published(name) is not None and find_published(data.data) is not None else None
+
+
+def _table(title: str, found: Evaluation) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("meaning", style="dim")
+    lines: list[tuple[str, Any, str]] = [
+        ("images", found.count, ""),
+        ("accuracy", found.accuracy, "part of right answers"),
+        ("calibration error", found.ece, "stated probability against accuracy, 15 bins; lower is better"),
+        ("Brier score", found.brier, "squared error of the probabilities, 0 to 2; lower is better"),
+        ("AURC", found.aurc, "error left when the least probable answers are refused first; lower is better"),
+        ("AURC, uncertainty", found.aurc_uncertainty, "the same, the most uncertain answers refused first"),
+        ("uncertainty, right", found.uncertainty_right, "mean over right answers"),
+        ("uncertainty, wrong", found.uncertainty_wrong, "mean over wrong answers"),
+        ("unknown, AUROC", found.unknown_auroc, "unknown classes told from known ones by uncertainty; 0.5 is chance"),
+    ]
+    for name, value, meaning in lines:
+        if value is not None and value == value:
+            table.add_row(name, str(value) if isinstance(value, int) else f"{value:.4f}", meaning)
+    return table

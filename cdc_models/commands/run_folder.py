@@ -1,0 +1,74 @@
+"""The folder of a run: its resolved settings, and small files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from cdc_models.commands.settings import Compute, Output
+
+__all__ = ["resolved", "save_settings", "start_run", "write_json", "write_text"]
+
+_NOT_THE_RUN = {"out", *(f.name for cls in (Compute, Output) for f in fields(cls))}
+
+
+def resolved(*settings: Any, **changes: Any) -> dict[str, Any]:
+    """Settings objects as one flat mapping, as a YAML file and the flags have it."""
+    flat: dict[str, Any] = {}
+    for part in settings:
+        flat |= asdict(part)
+    return json.loads(json.dumps(flat | changes, default=os.fspath))
+
+
+def start_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder of one training and save its settings; a folder of the same training is gone on with.
+
+    Raises:
+        ValueError: if the folder holds a run with other settings; those that change no result may differ.
+        OSError: if it cannot be written.
+    """
+    path = folder / "config.yaml"
+    if path.exists():
+        try:
+            there = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            there = None
+        if not isinstance(there, dict):
+            raise ValueError(f"out: {path} is not a file of settings; delete it or give another folder")
+        names = sorted((there.keys() | settings.keys()) - _NOT_THE_RUN)
+        if differ := [name for name in names if there.get(name) != settings.get(name)]:
+            told = "; ".join(f"{n}: {_short(there.get(n))} there, {_short(settings.get(n))} here" for n in differ)
+            raise ValueError(f"out: {folder} holds another run ({told}); give another folder, or delete that one")
+    save_settings(folder, settings)
+
+
+def save_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a run into config.yaml in its folder, which is made.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file beside its place and rename it: it is the old one or the new one."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a mapping as indented JSON, as `write_text` does."""
+    write_text(path, json.dumps(values, indent=1) + "\n")

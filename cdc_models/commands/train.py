@@ -1,0 +1,103 @@
+"""`cdc train`: learn an adapter from labelled images."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from cdc_models.commands.parts import backbone_of, dataset_of
+from cdc_models.commands.run_folder import resolved, start_run, write_json
+from cdc_models.commands.settings import Adaptation, Backbone, Compute, Data, Draw, Interrupted, Output
+from cdc_models.data import ImageReport
+from cdc_models.engine import calibrate, save_adapter
+from cdc_models.provenance import git_commit, peak_memory, versions
+from cdc_models.recipes import Training, build, reader, train_on
+
+__all__ = ["Folder", "train"]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where to.
+
+    Args:
+        out: folder for adapter.safetensors, config.yaml, report.json and the checkpoint; the same command goes on
+            from what is there.
+    """
+
+    out: Path = Path("runs/train")
+
+
+def train(
+    data: Data,
+    draw: Draw,
+    backbone: Backbone,
+    adaptation: Adaptation,
+    training: Training,
+    folder: Folder,
+    compute: Compute,
+    output: Output,
+) -> None:
+    """Train an adapter on labelled images.
+
+    Writes adapter.safetensors, config.yaml (every setting as it was used; --config takes it back), report.json (losses,
+    skipped images, time, memory, versions) and checkpoint.safetensors. Cut off anywhere, the same command goes on from
+    the last checkpoint and ends with the same adapter.
+    """
+    started = time.perf_counter()
+    dataset = dataset_of(data, draw)
+    clip = backbone_of(backbone.backbone, backbone.pretrained, compute)
+    model = build(adaptation.method, adaptation.options, clip, dataset, draw.seed)
+    settings = (data, draw, backbone, adaptation, training, folder, compute, output)
+    start_run(folder.out, resolved(*settings, options=model.options))
+    checkpoint = folder.out / "checkpoint.safetensors"
+    result, report = train_on(
+        model,
+        dataset,
+        training,
+        seed=draw.seed,
+        workers=compute.workers,
+        checkpoint=checkpoint,
+        checkpoint_every=compute.checkpoint_every,
+        progress=output.progress,
+    )
+    if result.interrupted:
+        raise Interrupted(f"stopped after step {result.steps}; the same command goes on from {checkpoint}")
+    likelihood, held_out = None, ImageReport(0)
+    if adaptation.calibrate and len(dataset.val):
+        loader = reader(dataset.val, clip, compute.test_batch, compute.workers)
+        with Console(quiet=not output.progress).status("fitting how sure it is"):
+            likelihood = calibrate(model, loader)
+        held_out = loader.report
+    images = {"train": report.to_dict(), "validation": held_out.to_dict()}
+    adapter = folder.out / "adapter.safetensors"
+    summary = {"data": dataset.name, "shots": draw.shots, "seed": draw.seed, "half": data.half, "losses": result.losses}
+    save_adapter(model, adapter, summary)
+    values = {
+        "adapter": str(adapter),
+        "data": dataset.name,
+        "classes": len(dataset.classes),
+        "images": images,
+        "learned": sum(p.numel() for p in model.learned_parameters().values()),
+        "steps": result.steps,
+        "losses": result.losses,
+        "validation_nll": likelihood,
+        "seconds_train": result.seconds,
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory(clip.device),
+        "versions": versions(clip.device),
+        "commit": git_commit(),
+    }
+    write_json(folder.out / "report.json", values)
+    output.result(values)
+    loss = f", loss {result.losses[-1]:.3f}" if result.losses else ""
+    output.say(
+        f"{adapter}: {adaptation.method} on {len(dataset.train)} images of {len(dataset.classes)} classes"
+        f"{loss}, {values['seconds']:.0f} s"
+    )
+    for name, part in (("training", report), ("validation", held_out)):
+        if part.skipped:
+            output.say(f"{name}: {part}; listed in {folder.out / 'report.json'}")
