@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cdc_ops import checks
+from cdc_ops.backends import kernels
 from cdc_ops.evidence import at_least_float32
 from cdc_ops.special import largest_log, log_row_sum
 
@@ -57,7 +58,14 @@ def evidence_from_log_ratio(log_ratio: Tensor, prior_weight: float) -> Tensor:
     return prior_weight * torch.expm1(log_ratio.clamp(max=top))
 
 
-def fuse_evidence(evidence: Tensor, dim: int, rule: str = "dempster", prior_weight: float | None = None) -> Tensor:
+def fuse_evidence(
+    evidence: Tensor,
+    dim: int,
+    rule: str = "dempster",
+    prior_weight: float | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
     """Fuse M opinions, given by their evidence, into one.
 
     With ``e_mk`` the evidence of opinion m for class k and ``u_m = W / (sum_k e_mk + W)``:
@@ -73,6 +81,10 @@ def fuse_evidence(evidence: Tensor, dim: int, rule: str = "dempster", prior_weig
         dim: the dimension of the M opinions (not the last).
         rule: see above.
         prior_weight: ``W``, default K. (Only Dempster's and the weighted rule depend on it.)
+        backend: ``"reference"`` (plain PyTorch), ``"triton"`` (one pass over memory; the weighted rule two), or None:
+            triton on a GPU that can run it, else reference.
+
+    For sources of limited reliability, :func:`discount` first: ``fuse_evidence(discount(evidence, r), dim)``.
 
     Returns:
         Fused evidence, shape of ``evidence`` without ``dim``. Dempster's evidence grows as a product: it
@@ -89,9 +101,13 @@ def fuse_evidence(evidence: Tensor, dim: int, rule: str = "dempster", prior_weig
     tensor([5.5000, 1.0000])
     """
     checks.one_of("rule", rule, RULES)
-    e = at_least_float32(checks.evidence(evidence, "[..., M, ..., K]"))
-    dim = checks.source_dim(e, dim)
-    W = checks.prior_weight(prior_weight, e.shape[-1])
+    evidence = checks.evidence(evidence, "[..., M, ..., K]")
+    dim = checks.source_dim(evidence, dim)
+    W = checks.prior_weight(prior_weight, evidence.shape[-1])
+    triton = kernels(backend, evidence)
+    if triton is not None:
+        return triton.fuse_evidence(evidence, dim, rule, W)
+    e = at_least_float32(evidence)
     return evidence_from_log_ratio(fuse_log_ratio(torch.log1p(e / W), dim, rule), W)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdc_ops import checks
-from cdc_ops.backends import LossForm, choose
+from cdc_ops.backends import LossForm, choose, kernels
 from cdc_ops.dirichlet import FORMS, dirichlet_loss
 from cdc_ops.evidence import at_least_float32
 from cdc_ops.similarity import make_problem
@@ -136,7 +136,7 @@ def dirichlet_cross_entropy(
     return reduce(dirichlet_loss(torch.log1p(e / W), target, W, form, kl_weight), reduction)
 
 
-def decoupling_loss(text: Tensor, kind: str = "cosine") -> Tensor:
+def decoupling_loss(text: Tensor, kind: str = "cosine", *, backend: str | None = None) -> Tensor:
     """Push the templates of a class apart: mean similarity of its text features across pairs of prompts.
 
     Mean over classes k and prompt pairs m != n of ``cos(t_mk, t_nk)``, or of its square.
@@ -144,6 +144,8 @@ def decoupling_loss(text: Tensor, kind: str = "cosine") -> Tensor:
     Args:
         text: ``t`` [M, K, D].
         kind: ``"cosine"`` (least at opposite features) or ``"cosine_squared"`` (least at orthogonal ones).
+        backend: ``"reference"`` (plain PyTorch), ``"triton"`` (one read of the features, for as many as one program
+            holds), or None: triton on a GPU that can run it, else reference.
 
     Returns:
         Scalar in [-1, 1]; 0 when M = 1, where there are no pairs.
@@ -157,16 +159,19 @@ def decoupling_loss(text: Tensor, kind: str = "cosine") -> Tensor:
     tensor(0.3333)
     """
     checks.one_of("kind", kind, KINDS)
-    text = at_least_float32(checks.text_features("text", text))
+    text = checks.text_features("text", text)
     checks.finite("text", text)
-    M = text.shape[0]
+    M, K, _ = text.shape
+    pairs = max(1, K * M * (M - 1) // 2)
+    triton = kernels(backend, text)
+    if triton is not None and (backend == "triton" or triton.takes_text(text)):
+        return triton.decoupling_sum(text, kind == "cosine_squared") / pairs
     with torch.autocast(text.device.type, enabled=False):
-        t = F.normalize(text, dim=-1).transpose(0, 1)
+        t = F.normalize(at_least_float32(text), dim=-1).transpose(0, 1)
         cosine = t @ t.transpose(1, 2)  # [K, M, M]
         if kind == "cosine_squared":
             cosine = cosine * cosine
-        pairs = torch.tril(cosine, diagonal=-1)
-        return pairs.sum() / max(1, text.shape[1] * M * (M - 1) // 2)
+        return torch.tril(cosine, diagonal=-1).sum() / pairs
 
 
 def consistency_loss(text: Tensor, anchor: Tensor, temperature: float = 0.01) -> Tensor:

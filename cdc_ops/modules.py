@@ -111,20 +111,27 @@ def _per_prompt(name: str, value: float | list[float] | Tensor, prompts: int) ->
 
 
 class EvidenceFusion(nn.Module):
-    """:func:`fuse_evidence` with its rule fixed.
+    """:func:`fuse_evidence` with its rule (and backend) fixed.
 
     >>> EvidenceFusion("averaging", dim=0)(torch.tensor([[3.0, 0.0], [1.0, 1.0]]))
     tensor([2.0000, 0.5000])
     """
 
-    def __init__(self, rule: str = "dempster", dim: int = 1, prior_weight: float | None = None) -> None:
+    def __init__(
+        self,
+        rule: str = "dempster",
+        dim: int = 1,
+        prior_weight: float | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
         super().__init__()
         checks.one_of("rule", rule, RULES)
-        self.rule, self.dim, self.prior_weight = rule, dim, prior_weight
+        self.rule, self.dim, self.prior_weight, self.backend = rule, dim, prior_weight, backend
 
     def forward(self, evidence: Tensor) -> Tensor:
         """Fused evidence, without the dimension of the opinions."""
-        return fuse_evidence(evidence, self.dim, self.rule, self.prior_weight)
+        return fuse_evidence(evidence, self.dim, self.rule, self.prior_weight, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, dim={self.dim}"
@@ -282,20 +289,20 @@ class EvidentialLoss(nn.Module):
 
 
 class DecouplingLoss(nn.Module):
-    """:func:`decoupling_loss` with its kind fixed (**our reading** of CDC).
+    """:func:`decoupling_loss` with its kind (and backend) fixed (**our reading** of CDC).
 
     >>> DecouplingLoss()(torch.ones(2, 3, 4))
     tensor(1.)
     """
 
-    def __init__(self, kind: str = "cosine") -> None:
+    def __init__(self, kind: str = "cosine", *, backend: str | None = None) -> None:
         super().__init__()
         checks.one_of("kind", kind, KINDS)
-        self.kind = kind
+        self.kind, self.backend = kind, backend
 
     def forward(self, text: Tensor) -> Tensor:
         """The loss of text [M, K, D]."""
-        return decoupling_loss(text, self.kind)
+        return decoupling_loss(text, self.kind, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}"

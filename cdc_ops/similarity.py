@@ -154,7 +154,8 @@ def fused_opinion(
         prior_weight: ``W``, default K.
         normalize: divide image and text features by their length first (zero features stay zero).
         backend: ``"reference"`` (plain PyTorch, holds [B, M, K]), ``"blocked"`` (never holds [B, M, K], forward
-            or backward), ``"triton"``, or None: blocked, and while ``torch.compile`` traces, reference.
+            or backward), ``"triton"`` (fused kernels), or None: triton on a GPU that can run it, else blocked; while
+            ``torch.compile`` traces, reference.
 
     Returns:
         :class:`FusedOpinion` with log_ratio [B, K], uncertainty [B], prompt_uncertainty [B, M] and, derived when

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from cdc_models.clip.anatomy import OpenClip
@@ -53,18 +54,19 @@ def encode_prompted_image(
     m = context.size(0)
     check_images(images, backbone.image_shape, backbone.device, prompts=m)
 
-    x = _embed(visual, images.flatten(0, 1) if images.ndim == 5 else images)  # [B, L, W] or [B*M, L, W]
-    b, length = images.size(0), x.size(1)
+    own = images.ndim == 5  # one image per prompt
     # ln_pre is per token, so normalising image and prompts apart is the same and is done once for shared images.
-    x = visual.ln_pre(x).unflatten(0, (b, -1)).expand(b, m, -1, -1)
+    x = visual.ln_pre(_embed(visual, rearrange(images, "b m c h w -> (b m) c h w") if own else images))
+    x = x if own else repeat(x, "b l w -> (b m) l w", m=m)
+    b, length = images.size(0), x.size(1)
 
-    prompts = visual.ln_pre(context.to(x.dtype)).expand(b, -1, -1, -1)
-    x = torch.cat([x, prompts], dim=2).flatten(0, 1)  # [B*M, L + n, W]
+    prompts = repeat(visual.ln_pre(context.to(x.dtype)), "m n w -> (b m) n w", b=b)
+    x = torch.cat([x, prompts], dim=1)  # [B*M, L + n, W]
     read_class = visual.attn_pool is None and visual.pool_type == "tok"
     wanted = 1 if read_class else length
     for i, block in enumerate(blocks):
         if deep is not None and 1 <= i <= deep.size(1):
-            prompts = deep[:, i - 1].to(x.dtype).expand(b, -1, -1, -1).flatten(0, 1)
+            prompts = repeat(deep[:, i - 1].to(x.dtype), "m n w -> (b m) n w", b=b)
             x = torch.cat([x[:, :length], prompts], dim=1)
         last = i == len(blocks) - 1
         x = run_block(block, x, attention, (lambda t: t[:, :wanted]) if last else None)
@@ -72,12 +74,12 @@ def encode_prompted_image(
     x = _pool(visual, x)
     if visual.proj is not None:
         x = x @ visual.proj
-    return x.unflatten(0, (b, m))
+    return rearrange(x, "(b m) d -> b m d", m=m)
 
 
 def _embed(visual: OpenClip, images: Tensor) -> Tensor:
     """Class token and patches with their position embedding, before ln_pre: [N, L, W]."""
-    x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+    x = rearrange(visual.conv1(images.to(visual.conv1.weight.dtype)), "n w i j -> n (i j) w")
     token = visual.class_embedding.to(x.dtype).expand(x.size(0), 1, -1)
     return torch.cat([token, x], dim=1) + visual.positional_embedding.to(x.dtype)
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
-__all__ = ["base_new_split", "few_shot_indices", "harmonic_mean"]
+__all__ = ["base_new_split", "few_shot_indices", "harmonic_mean", "hold_out"]
 
 Label = TypeVar("Label", bound=Hashable)
 
@@ -41,10 +41,16 @@ def base_new_split(labels: Sequence[int]) -> tuple[dict[int, int], dict[int, int
     )
 
 
-def few_shot_indices(labels: Sequence[Label], shots: int, seed: int) -> list[int]:
+def few_shot_indices(labels: Sequence[Label], shots: int, seed: int | random.Random) -> list[int]:
     """Indices of a few-shot draw: `shots` per label, labels in the order of their first appearance.
 
     A label with fewer items than `shots` gives all it has.
+
+    Args:
+        labels: of all items.
+        shots: items per label.
+        seed: or a generator, to go on with the one that an earlier draw has used: the published validation shots
+            come after the training shots from the same generator.
 
     Raises:
         ValueError: if `shots` is not positive.
@@ -57,14 +63,52 @@ def few_shot_indices(labels: Sequence[Label], shots: int, seed: int) -> list[int
     """
     if shots < 1:
         raise ValueError(f"shots: expected a positive number, got {shots}")
+    rng = seed if isinstance(seed, random.Random) else random.Random(seed)
+    chosen: list[int] = []
+    for items in _indices_by_label(labels).values():
+        chosen += rng.sample(items, shots) if len(items) >= shots else items
+    return chosen
+
+
+def hold_out(labels: Sequence[Label], parts: Sequence[float], seed: int) -> tuple[list[int], ...]:
+    """Indices of what is kept, and of parts held out of every label by chance, for data without splits of its own.
+
+    Of a label's n items round(n part) go to each part, in the order given, but one at least is kept.
+
+    Args:
+        labels: of all items. parts: each in [0, 1), together less than 1. seed: of the draw.
+
+    Returns:
+        The kept indices, then those of each part, in rising order.
+
+    Raises:
+        ValueError: for parts out of range.
+
+    Example:
+        >>> kept, test, val = hold_out(["a"] * 10 + ["b"], (0.2, 0.1), seed=1)
+        >>> len(kept), len(test), len(val)
+        (8, 2, 1)
+    """
+    if not all(0 <= part < 1 for part in parts) or not sum(parts) < 1:
+        raise ValueError(f"parts: expected numbers in [0, 1) with a sum below 1, got {list(parts)}")
+    rng = random.Random(seed)
+    chosen: list[list[int]] = [[] for _ in range(len(parts) + 1)]
+    for items in _indices_by_label(labels).values():
+        rest = rng.sample(items, len(items))
+        for take, part in enumerate(parts, start=1):
+            count = min(round(len(items) * part), len(rest) - 1)
+            chosen[take] += rest[:count]
+            rest = rest[count:]
+        chosen[0] += rest
+    return tuple(sorted(indices) for indices in chosen)
+
+
+def _indices_by_label(labels: Sequence[Label]) -> dict[Label, list[int]]:
+    """Label -> its indices; labels in the order of their first appearance."""
     of_label: dict[Label, list[int]] = {}
     for index, label in enumerate(labels):
         of_label.setdefault(label, []).append(index)
-    rng = random.Random(seed)
-    chosen: list[int] = []
-    for items in of_label.values():
-        chosen += rng.sample(items, shots) if len(items) >= shots else items
-    return chosen
+    return of_label
 
 
 def harmonic_mean(base: float, new: float) -> float:

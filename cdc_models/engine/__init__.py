@@ -4,13 +4,17 @@ from cdc_models.engine.adapters import load_adapter, save_adapter
 from cdc_models.engine.calibrate import calibrate
 from cdc_models.engine.checkpoint import CheckpointError
 from cdc_models.engine.evaluate import Evaluation, Features, evaluate, extract_features
+from cdc_models.engine.feature_cache import CachedFeatures, FeatureLoader, cache_features
 from cdc_models.engine.fit import FitResult, fit, learning_rate
 
 __all__ = [
+    "CachedFeatures",
     "CheckpointError",
     "Evaluation",
+    "FeatureLoader",
     "Features",
     "FitResult",
+    "cache_features",
     "calibrate",
     "evaluate",
     "extract_features",

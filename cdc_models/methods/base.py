@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cdc_models.clip import ClipBackbone
 from cdc_models.clip.text_tower import ClassTokens, tokenize_classes
+from cdc_models.data.transforms import Views
 
 __all__ = ["Method", "Prediction", "SoftmaxMethod", "bounded_temperature", "zero_shot_features"]
 
@@ -93,6 +94,7 @@ class Method(nn.Module):
         self.backbone = backbone
         self.classes = tokenize_classes(backbone, class_names)
         self.options = {}
+        self.views: Views | None = None  # the augmentation of each template, in training
         self._text_cache = _TextCache()  # shared with what `with_classes` returns
         self._text_features: tuple[Any, Tensor] | None = None
 
@@ -114,10 +116,33 @@ class Method(nn.Module):
         """Prediction from image features [B, D] or [B, M, D] and text features [M, K, D]."""
         raise NotImplementedError
 
+    @property
+    def frozen_image(self) -> bool:
+        """Whether nothing is learned on the image side, so that image features may be kept (`cache_features`)."""
+        return False
+
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Training loss, a scalar, of images [B, 3, H, W] with integer targets [B]."""
+        """Training loss, a scalar.
+
+        Args:
+            images: [B, 3, H, W]; or [B, M, 3, H, W], an image for each template, where there are templates; or,
+                with a frozen image side, ready features [B, D] or [B, M, D].
+            targets: class indices [B], integers.
+
+        Raises:
+            ValueError: for targets that do not fit, or features where the image side learns.
+        """
         self.check_targets(images, targets)
-        return self.objective(self.image_features(images), self.text_features(), targets)
+        if images.ndim > 3:
+            if self.views is not None and images.ndim == 4:
+                images = self.views(images)
+            images = self.image_features(images)
+        elif not self.frozen_image:
+            raise ValueError(
+                f"images: {type(self).__name__} learns on its image side and needs images [B, 3, H, W]; got "
+                f"{tuple(images.shape)}"
+            )
+        return self.objective(images, self.text_features(), targets)
 
     def _changed_classes(self) -> None:
         """Called on the copy that `with_classes` returns, for what depends on the classes."""

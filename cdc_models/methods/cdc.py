@@ -183,12 +183,9 @@ class CDC(Method):
                 return self.backbone.encode_image(images)
             return self.backbone.encode_image(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
-    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Objective of images [B, 3, H, W], or of ready-made views [B, M, 3, H, W], with targets [B]."""
-        self.check_targets(images, targets)
-        if self.views is not None and images.ndim == 4:
-            images = self.views(images)
-        return self.objective(self.image_features(images), self.text_features(), targets)
+    @property
+    def frozen_image(self) -> bool:
+        return isinstance(self.prompts, PromptContext)
 
     def objective(self, image: Tensor, text: Tensor, targets: Tensor) -> Tensor:
         if self.trusted:

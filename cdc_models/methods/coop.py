@@ -74,6 +74,10 @@ class CoOp(SoftmaxMethod):
             self.backbone, self.classes, self.context(), position=self.position, chunk=self.class_chunk
         )
 
+    @property
+    def frozen_image(self) -> bool:
+        return True
+
     def image_features(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             return self.backbone.encode_image(images)

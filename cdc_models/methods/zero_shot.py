@@ -47,6 +47,10 @@ class ZeroShot(SoftmaxMethod):
         with torch.no_grad():
             return torch.stack([self.backbone.encode_text(self.backbone.tokenize(texts)) for texts in filled])
 
+    @property
+    def frozen_image(self) -> bool:
+        return True
+
     def image_features(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             return self.backbone.encode_image(images)

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol, cast
 
 import torch
@@ -80,14 +81,16 @@ class Backend(Protocol):
 def choose(name: str | None, problem: Problem) -> Backend:
     """The backend called ``name``; None picks the best for this problem.
 
-    None means "blocked" in eager mode and "reference" while ``torch.compile`` traces, which fuses the plain
-    formulas itself.
+    None means "triton" on a CUDA or ROCm device where its kernels can run, else "blocked"; and "reference" while
+    ``torch.compile`` traces, which fuses the plain formulas itself.
     """
     if name is None:
         name = "reference" if torch.compiler.is_compiling() else "blocked"
+        if name == "blocked" and _on_gpu_with_kernels(problem.image.device, problem.dtype):
+            name = "triton"
     checks.one_of("backend", name, BACKENDS)
     if name == "triton":
-        _require_triton(problem)
+        _require_triton(problem.image.device, problem.dtype)
         from cdc_ops.backends import triton
 
         return cast(Backend, triton)
@@ -98,17 +101,41 @@ def choose(name: str | None, problem: Problem) -> Backend:
     return cast(Backend, importlib.import_module("cdc_ops.backends.blocked"))
 
 
-def _require_triton(problem: Problem) -> None:
-    """The kernels can run on this problem, or one sentence why not."""
-    why = None
-    device = problem.image.device.type
-    if not _HAS_TRITON:
-        why = "Triton is not installed"
-    elif problem.dtype == torch.float64:
-        why = "its kernels compute in float32, and an input is float64"
-    elif device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        why = "the tensors are on the CPU, where Triton only runs interpreted (TRITON_INTERPRET=1, for tests)"
-    elif device not in ("cpu", "cuda"):
-        why = f"the tensors are on {device!r}, and its kernels are for CUDA and ROCm devices"
+def kernels(name: str | None, x: Tensor) -> ModuleType | None:
+    """The backend "triton" if an operation on ready-made ``x`` goes there, or None for plain PyTorch.
+
+    These operations know two backends, "reference" and "triton"; None picks as in :func:`choose`.
+    """
+    if name is None and (torch.compiler.is_compiling() or not _on_gpu_with_kernels(x.device, x.dtype)):
+        name = "reference"
+    name = "triton" if name is None else name
+    checks.one_of("backend", name, ("reference", "triton"))
+    if name == "reference":
+        return None
+    _require_triton(x.device, x.dtype)
+    from cdc_ops.backends import triton
+
+    return triton
+
+
+def _on_gpu_with_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and _why_not_triton(device, dtype) is None
+
+
+def _require_triton(device: torch.device, dtype: torch.dtype) -> None:
+    """The kernels can run here, or one sentence why not."""
+    why = _why_not_triton(device, dtype)
     if why is not None:
-        raise BackendUnavailableError(f"backend='triton' cannot run here: {why}; use 'blocked', 'reference' or None")
+        raise BackendUnavailableError(f"backend='triton' cannot run here: {why}; use another backend or None")
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    if dtype == torch.float64:
+        return "its kernels compute in float32, and an input is float64"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on the CPU, where Triton only runs interpreted (TRITON_INTERPRET=1, for tests)"
+    if device.type not in ("cpu", "cuda"):
+        return f"the tensors are on {device.type!r}, and its kernels are for CUDA and ROCm devices"
+    return None

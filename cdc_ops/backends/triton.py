@@ -7,7 +7,7 @@ gradients are kernels too.
 from __future__ import annotations
 
 import torch
-from cdc_kernels import ops
+from cdc_kernels import launch_small, ops
 from torch import Tensor
 
 from cdc_ops.backends import LossForm, Problem
@@ -64,7 +64,8 @@ def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     M = problem.sizes[1]
     inputs = arguments(problem)
     weight = rule_weight(problem, inputs)
-    classes, ratio, sums = ops.topk(*inputs, weight, problem.activation, problem.rule, problem.prior_weight, k)
+    options = problem.activation, problem.rule, problem.prior_weight, False, False
+    classes, ratio, sums = ops.topk(*inputs, weight, None, *options, k)
     return classes, ratio, sums[0, M], sums[0, :M].t()
 
 
@@ -74,3 +75,24 @@ def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     _, sums = row_sums(problem, target, loss.form == "mse", loss.kl_weight != 0, False)
     each, _ = ops.row_loss(sums, K, problem.prior_weight, loss.form, loss.kl_weight)
     return loss.prompt_weight * each[:M].sum(0) + loss.fused_weight * each[M]
+
+
+def fuse_evidence(evidence: Tensor, dim: int, rule: str, prior_weight: float) -> Tensor:
+    """Fused evidence without ``dim``, float32. The weighted rule takes a second pass, which makes its weights."""
+    if rule == "weighted":
+        total = evidence.sum(-1, dtype=torch.float32).clamp(max=torch.finfo(torch.float32).max)
+        evidence = evidence * confidence_weight(torch.log1p(total / prior_weight), dim).unsqueeze(-1)
+        rule = "cumulative"
+    e = evidence.movedim(dim, -2)
+    fused = ops.fuse_evidence(e.reshape(-1, *e.shape[-2:]), rule, prior_weight)
+    return fused.view(*e.shape[:-2], e.shape[-1])
+
+
+def takes_text(text: Tensor) -> bool:
+    """Whether the decoupling kernel can hold a class's features."""
+    return launch_small.decoupling_numbers(text.shape[0], text.shape[2]) <= launch_small.DECOUPLING_NUMBERS
+
+
+def decoupling_sum(text: Tensor, squared: bool) -> Tensor:
+    """Sum over classes and pairs m > n of the cosine, or of its square."""
+    return ops.decoupling(text, squared).sum()

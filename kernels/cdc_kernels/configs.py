@@ -1,15 +1,18 @@
-"""Launch configurations: one fixed default for each kind of kernel, architecture and width of the features.
+"""Launch configurations, one fixed default for each kind of kernel, architecture and width of the features; and
+which of two paths computes: tiles that multiply for themselves, or a library's products over chunks of classes.
 
 Nothing is asked of a device at import. Set ``CDC_KERNELS_AUTOTUNE=1`` to time the candidates once for each
-shape instead of taking the default.
+shape instead of taking the default. :class:`force_path` overrides the rule between the paths.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from triton.runtime.interpreter import InterpretedFunction
@@ -53,6 +56,11 @@ DEFAULTS: dict[str, dict[str, tuple[Config, Config]]] = {
         "hip": (Config(32, 32, 64, 64, 4, 2), Config(32, 32, 32, 32, 4, 2)),
     },
 }
+#: The same for kernels that read products from the workspace, whatever the features were. Few numbers a thread, so
+#: that two blocks share a multiprocessor; 64-wide warps need half as many.
+for _kind in ("epilogue", "epilogue_kl", "slope", "slope_kl"):
+    _loaded = {arch: Config(16, 64, 64, 0, 4 if arch == "hip" else 8, 1) for arch in ("cuda90", "cuda80", "hip")}
+    DEFAULTS[_kind] = {arch: (config, config) for arch, config in _loaded.items()}
 #: Small tiles for the CPU interpreter: a program costs time by the operation, not by the number.
 INTERPRETER = Config(16, 16, 16, 32, 1, 1)
 #: Tried in turn when autotuning, beside the default.
@@ -60,6 +68,92 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "forward": (Config(64, 64, 64, 0, 4, 3), Config(64, 128, 64, 0, 4, 3), Config(128, 128, 64, 0, 8, 4)),
 }
 _tuned: dict[tuple[object, ...], Config] = {}
+
+
+# ---- which path -------------------------------------------------------------------------------------------------
+# Estimated for an H100, not measured: waits for a GPU. The arithmetic is in benches/NOTES.md.
+
+PATHS = ("tiles", "chunks")
+#: Bytes of the workspace of the second path: products and gradients of one chunk of classes stay in the L2 cache.
+WORKSPACE = 32 * 2**20
+#: Share of the peak rate that matrix products reach: a library's, the forward tiles', the gradient tiles'.
+LIBRARY_SHARE, TILE_SHARE, GRADIENT_TILE_SHARE = 0.7, 0.6, 0.4
+MATRIX_RATE = {"16 bits": 989e12, "tf32": 495e12, "float32": 67e12}  # flop/s
+BANDWIDTH = 3.35e12  # bytes/s
+INSTRUCTION_RATE = 3.0e13  # float32 instructions a second
+SLOPE_INSTRUCTIONS = 50  # for the gradient of one logit
+LAUNCH = 4e-6  # seconds
+
+_forced: str | None = None
+
+
+class force_path:
+    """Take one path whatever the rule says, for good or inside a ``with`` block; None goes back to the rule.
+
+    Process-wide, because autograd computes gradients in threads of its own; a backward pass follows what is in force
+    when it runs.
+
+    >>> with force_path("chunks"):
+    ...     path("forward", 4, 4, 50, 512, torch.float32)
+    'chunks'
+    """
+
+    def __init__(self, path: str | None) -> None:
+        if path is not None and path not in PATHS:
+            raise ValueError(f"path must be 'tiles', 'chunks' or None; got {path!r}")
+        global _forced
+        self._before = _forced
+        _forced = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._before
+
+
+def path(direction: str, B: int, M: int, K: int, D: int, dtype: torch.dtype, sides: int = 2, tf32: bool = False) -> str:
+    """The path of less estimated time. direction: "forward" or "backward", the latter to ``sides`` of the features."""
+    if _forced is not None:
+        return _forced
+    if torch.version.hip and dtype.itemsize == 2:
+        return "tiles"  # no library product of 16-bit features gives float32 there in every version of torch
+    return min(PATHS, key=lambda each: seconds(each, direction, B, M, K, D, dtype, sides, tf32))
+
+
+def seconds(
+    path: str, direction: str, B: int, M: int, K: int, D: int, dtype: torch.dtype, sides: int = 2, tf32: bool = False
+) -> float:
+    """Estimated time of one path: products, the epilogue's arithmetic where the paths differ, workspace, launches."""
+    logits = B * M * K
+    product = 2 * D * logits
+    single = "tf32" if tf32 else "float32"
+    rate = MATRIX_RATE[single if dtype == torch.float32 else "16 bits"]
+    # float16 would lose small gradients: tiles multiply those through tf32, the library in float32
+    half = dtype == torch.bfloat16
+    library_gradient = rate if half else MATRIX_RATE[single]
+    tile_gradient = MATRIX_RATE["tf32"] if dtype == torch.float16 else rate
+    chunks = math.ceil(logits * (4 + 2 * half) / WORKSPACE)
+    if path == "tiles":
+        if direction == "forward":
+            return product / (TILE_SHARE * rate) + 2 * LAUNCH
+        # each side makes the logits again for every slice of features; and once more for the fused opinion
+        again = sides * math.ceil(D / default("gradient", "cuda90", dtype.itemsize).out)
+        share = GRADIENT_TILE_SHARE
+        products = (again + 1) * product / (share * rate) + sides * product / (share * tile_gradient)
+        return products + again * logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE + (1 + sides) * LAUNCH
+    products = product / (LIBRARY_SHARE * rate)
+    if direction == "forward":
+        return products + 8 * logits / BANDWIDTH + 3 * chunks * LAUNCH
+    products += sides * product / (LIBRARY_SHARE * library_gradient)
+    traffic = (12 + (2 if half else 4) * (1 + sides)) * logits / BANDWIDTH
+    return products + traffic + logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE + (3 + 3 * sides) * chunks * LAUNCH
+
+
+# ---- configurations ---------------------------------------------------------------------------------------------
 
 
 def interpreted(kernel: object) -> bool:
@@ -80,9 +174,8 @@ def default(kind: str, arch: str, itemsize: int) -> Config:
     return DEFAULTS[kind][arch][0 if itemsize == 2 else 1]
 
 
-def pick(kind: str, x: torch.Tensor, key: tuple[int, ...], launch: Callable[[Config], object]) -> Config:
-    """The configuration to launch with; ``launch`` runs the kernel with one, for autotuning."""
-    base = default(kind, architecture(x.device), x.element_size())
+def pick(kind: str, x: torch.Tensor, key: tuple[int, ...], base: Config, launch: Callable[[Config], object]) -> Config:
+    """The configuration to launch with: ``base``, or the fastest candidate when autotuning, as ``launch`` runs it."""
     if os.environ.get(AUTOTUNE) != "1" or kind not in CANDIDATES:
         return base
     found = (kind, x.device, x.dtype, *key)

@@ -1,10 +1,12 @@
 """What happens to a tile of logits: activation, fusion rule and row sums, composed at compile time.
 
-Letters: for evidence e and prior weight W, ``v = e / W``, ``y = ln v`` and ``l = ln(1 + v)``; capital Y and L for the
-fused opinion. A tile never leaves log space, so evidence of e^100 and its product over prompts stay finite.
+Letters: for evidence e and prior weight W, ``v = e / W``, ``y = ln v`` and ``l = ln(1 + v)``; capital V, Y and L for
+the fused opinion. A tile starts in linear space, one exp for each logit, and leaves it for logarithms as soon as its
+largest logit says that a product over prompts could overflow: evidence of e^100 stays finite, and small evidence is
+cheap. The running ``bound`` on L decides; ``LINEAR`` marks values v, as opposed to y.
 
-To add an activation, extend :func:`evidence` and :func:`evidence_slope`; to add a rule, :func:`fuse_start`,
-:func:`fuse`, :func:`fused` and :func:`fuse_slope`. No kernel changes.
+To add an activation, extend :func:`evidence` and :func:`evidence_slope`; to add a rule, :func:`fuse_linear`,
+:func:`leave_linear`, :func:`fuse`, :func:`fused` and :func:`fuse_slope`. No kernel changes.
 """
 
 import triton
@@ -17,6 +19,7 @@ from cdc_kernels.special import (
     lgamma,
     log1p,
     log_expm1,
+    log_or_nothing,
     logaddexp,
     sigmoid,
     softplus,
@@ -25,6 +28,8 @@ from cdc_kernels.special import (
 
 ACTIVATIONS = ("exp", "softplus", "relu")
 RULES = ("dempster", "cumulative", "averaging", "weighted")
+#: No L above this is kept in linear space: e^69 is 1e30, so that a row sum of V stays finite.
+LINEAR_LIMIT = tl.constexpr(69.0)
 
 
 # ---- activation -------------------------------------------------------------------------------------------------
@@ -47,8 +52,7 @@ def evidence(z, log_w, ACTIVATION: tl.constexpr):
         return _log_softplus(z) - log_w, log1p(softplus(z) * tl.exp(-log_w))
     else:
         e = tl.maximum(z, 0.0)
-        y = tl.where(e > 0, tl.log(tl.maximum(e, 1e-37)) - log_w, NOTHING)
-        return y, log1p(e * tl.exp(-log_w))
+        return log_or_nothing(e) - log_w, log1p(e * tl.exp(-log_w))
 
 
 @triton.jit
@@ -63,16 +67,25 @@ def evidence_slope(z, ACTIVATION: tl.constexpr):
 
 
 # ---- fusion rule ------------------------------------------------------------------------------------------------
-# The running state is sum_m l_m for Dempster's rule and ln(sum_m w_m v_m) for the others.
+# The running state is V in linear space; in logarithms sum_m l_m for Dempster's rule, ln(sum_m w_m v_m) for the others.
 
 
 @triton.jit
-def fuse_start(RULE: tl.constexpr):
-    """The state before the first prompt: no evidence."""
+def fuse_linear(state, v, log_weight, RULE: tl.constexpr):
+    """The state after one more prompt, in linear space; exact for tiny evidence too."""
     if RULE == "dempster":
-        return 0.0
+        return state + (v + state * v)
     else:
-        return NOTHING
+        return state + v * tl.exp(log_weight)
+
+
+@triton.jit
+def leave_linear(state, RULE: tl.constexpr):
+    """The state in logarithms; of 0, the state before the first prompt."""
+    if RULE == "dempster":
+        return log1p(state)
+    else:
+        return log_or_nothing(state)
 
 
 @triton.jit
@@ -106,9 +119,26 @@ def fuse_slope(y, log_weight, L, RULE: tl.constexpr):
 
 
 @triton.jit
-def log_sum(x, live):
-    """``ln sum exp(x)`` along a row over the live columns; NOTHING where there is none."""
-    x = tl.where(live, x, NOTHING)
+def log_alpha_of(x, log_share_of_class, LINEAR: tl.constexpr):
+    """``ln(alpha / W) = ln(v + 1 / K)`` from v or y."""
+    if LINEAR:
+        return tl.log(x + tl.exp(log_share_of_class))
+    else:
+        return logaddexp(x, log_share_of_class)
+
+
+@triton.jit
+def log_sum(x, live, LINEAR: tl.constexpr):
+    """``ln sum v`` along a row over the live columns, from v or y; NOTHING where there is none."""
+    if LINEAR:
+        return log_or_nothing(tl.sum(tl.where(live, x, 0.0), 1))
+    else:
+        return _log_sum_exp(tl.where(live, x, NOTHING))
+
+
+@triton.jit
+def _log_sum_exp(x):
+    """``ln sum exp(x)`` along a row."""
     top = tl.max(x, 1)
     total = tl.sum(tl.exp(x - top[:, None]), 1)
     return tl.where(top > 0.5 * NOTHING, top + tl.log(total), NOTHING)

@@ -13,17 +13,20 @@ import triton
 import triton.language as tl
 
 from cdc_kernels.epilogue import (
+    LINEAR_LIMIT,
     evidence,
     evidence_slope,
     fuse,
+    fuse_linear,
     fuse_slope,
-    fuse_start,
     fused,
     kl_element,
+    leave_linear,
+    log_alpha_of,
     log_sum,
     row_slope,
 )
-from cdc_kernels.special import NOTHING, log_expm1, logaddexp
+from cdc_kernels.special import NOTHING, log1p, log_expm1, log_or_nothing, logaddexp, softplus
 
 #: Planes of finished row sums: ln(rest) (or -ln u), ln alpha_y / W, ln sum of squares, sum of KL elements; then,
 #: for the backward kernels, the loss's gradients by these four, without KL's value: 3 values, 4 gradients.
@@ -42,23 +45,31 @@ def operand(x, UPCAST: tl.constexpr):
 
 @triton.jit
 def cosine_tile(
-    x_ptr, t_ptr, xi_ptr, ti_ptr, m, rows, cols, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m,
-    NORMALIZE: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, t_ptr, xi_ptr, ti_ptr, m, rows, cols, live, first, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m,
+    LOADED: tl.constexpr, NORMALIZE: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``<x_b, t_mk>`` of rows and columns inside the problem, of unit vectors if NORMALIZE; and inverse lengths."""
-    d = tl.arange(0, BLOCK_D)
-    x_ptrs = x_ptr + (m.to(tl.int64) * x_m) + rows.to(tl.int64)[:, None] * x_b + d[None, :]
-    t_ptrs = t_ptr + (m.to(tl.int64) * t_m) + cols.to(tl.int64)[None, :] * t_k + d[:, None]
-    cosine = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        if EVEN_D:
-            x = tl.load(x_ptrs + start)
-            t = tl.load(t_ptrs + start)
-        else:
-            x = tl.load(x_ptrs + start, mask=d[None, :] < D - start, other=0.0)
-            t = tl.load(t_ptrs + start, mask=d[:, None] < D - start, other=0.0)
-        cosine = tl.dot(operand(x, UPCAST), operand(t, UPCAST), cosine, input_precision=PRECISION)
+    """``<x_b, t_mk>`` of rows and columns inside the problem, of unit vectors if NORMALIZE; and inverse lengths.
+
+    Products are made here, or LOADED: x_ptr is then a workspace [M, B, classes from ``first``] that a library filled.
+    """
+    if LOADED:
+        # others may have written here already where a tile reaches over the edge
+        at = x_ptr + m.to(tl.int64) * x_m + rows.to(tl.int64)[:, None] * x_b + (cols - first)[None, :]
+        cosine = tl.load(at, mask=live, other=0.0)
+    else:
+        d = tl.arange(0, BLOCK_D)
+        x_ptrs = x_ptr + (m.to(tl.int64) * x_m) + rows.to(tl.int64)[:, None] * x_b + d[None, :]
+        t_ptrs = t_ptr + (m.to(tl.int64) * t_m) + cols.to(tl.int64)[None, :] * t_k + d[:, None]
+        cosine = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            if EVEN_D:
+                x = tl.load(x_ptrs + start)
+                t = tl.load(t_ptrs + start)
+            else:
+                x = tl.load(x_ptrs + start, mask=d[None, :] < D - start, other=0.0)
+                t = tl.load(t_ptrs + start, mask=d[:, None] < D - start, other=0.0)
+            cosine = tl.dot(operand(x, UPCAST), operand(t, UPCAST), cosine, input_precision=PRECISION)
     xi = tl.full((BLOCK_B,), 1.0, tl.float32)
     ti = tl.full((BLOCK_K,), 1.0, tl.float32)
     if NORMALIZE:
@@ -83,49 +94,52 @@ def log_weight_of(weight_ptr, m, rows, B, log_share, RULE: tl.constexpr):
     """Logarithm of the rule's weight of prompt m, [b, 1]."""
     if RULE == "weighted":
         w = tl.load(weight_ptr + m.to(tl.int64) * B + rows)
-        return tl.where(w > 0, tl.log(tl.maximum(w, 1e-37)), NOTHING)[:, None]
+        return log_or_nothing(w)[:, None]
     else:
         return (rows * 0 + log_share)[:, None]
 
 
 @triton.jit
 def store_sums(
-    partial_ptr, log_target_ptr, y, is_target, has_target, live, r, tile, rows, row_live, B, R, tiles,
-    log_share_of_class, log_w, TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr,
+    partial_ptr, sums_ptr, x, is_target, has_target, live, r, tile, rows, row_live, B, R, tiles,
+    log_share_of_class, log_others, log_w,
+    LINEAR: tl.constexpr, WHOLE: tl.constexpr, TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
-    """One opinion's partial row sums over this tile of classes, the target left out; and the target's own."""
+    """One opinion's partial row sums over this tile of classes, the target left out; and the target's own.
+
+    If the tile is the WHOLE row the sums are finished: ``partial`` is ``sums``, with one tile.
+    """
     size = R.to(tl.int64) * tiles * B
     at = partial_ptr + (r * tiles + tile).to(tl.int64) * B + rows
+    others = live
     if TARGET:
         others = live & (is_target == 0)
-        mine = tl.sum(tl.where(is_target, y, 0.0), 1)
-        tl.store(
-            log_target_ptr + r.to(tl.int64) * B + rows, logaddexp(mine, log_share_of_class), mask=row_live & has_target
-        )
-    else:
-        others = live
-    tl.store(at, log_sum(y, others), mask=row_live)
+    total = log_sum(x, others, LINEAR)
+    if WHOLE:
+        total = logaddexp(total, log_others)
+    tl.store(at, total, mask=row_live)
+    if TARGET:
+        log_target = log_alpha_of(tl.sum(tl.where(is_target, x, 0.0), 1), log_share_of_class, LINEAR)
+        of_target = sums_ptr + R.to(tl.int64) * B + r.to(tl.int64) * B + rows
+        tl.store(of_target, log_target, mask=row_live & has_target)
+    elif WHOLE:
+        tl.store(at + size, total * 0, mask=row_live)
     if SQUARE or KL:
-        log_alpha = logaddexp(y, log_share_of_class)
-        if SQUARE:
-            tl.store(at + size, log_sum(2.0 * log_alpha, others), mask=row_live)
-        if KL:
-            share = tl.where(others, kl_element(log_alpha + log_w), 0.0)
-            tl.store(at + 2 * size, tl.sum(share, 1), mask=row_live)
+        log_alpha = log_alpha_of(x, log_share_of_class, LINEAR)
+    if SQUARE:
+        tl.store(at + 2 * size, log_sum(2.0 * log_alpha, others, False), mask=row_live)
+    elif WHOLE:
+        tl.store(at + 2 * size, total * 0, mask=row_live)
+    if KL:
+        share = tl.where(others, kl_element(log_alpha + log_w), 0.0)
+        tl.store(at + 3 * size, tl.sum(share, 1), mask=row_live)
+    elif WHOLE:
+        tl.store(at + 3 * size, total * 0, mask=row_live)
 
 
 @triton.jit
-def forward_kernel(
-    x_ptr, t_ptr, scale_ptr, bias_ptr, xi_ptr, ti_ptr, weight_ptr, target_ptr,
-    ratio_ptr, partial_ptr, log_target_ptr,
-    B, M, K, D, first, last, tile0, tiles, x_b, x_m, t_m, t_k, xi_b, xi_m, ratio_b,
-    log_w, log_share, log_share_of_class,
-    ACTIVATION: tl.constexpr, RULE: tl.constexpr, FUSED: tl.constexpr, SUMS: tl.constexpr, RATIO: tl.constexpr,
-    TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One tile of images and of classes first .. last, all prompts; tile0 of ``tiles`` comes before the first."""
+def place(target_ptr, first, last, B, TARGET: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows, columns and targets of this program's tile of images and of classes first .. last."""
     pid = tl.program_id(0)
     across = tl.cdiv(B, BLOCK_B)
     tile = pid // across  # neighbours share text features, the larger operand
@@ -133,41 +147,116 @@ def forward_kernel(
     cols = first + tile * BLOCK_K + tl.arange(0, BLOCK_K)
     row_live = rows < B
     live = (cols < last)[None, :] & row_live[:, None]
-    safe_rows = tl.minimum(rows, B - 1)
-    safe_cols = tl.minimum(cols, last - 1)
     is_target = live
     has_target = row_live
     if TARGET:
-        target = tl.load(target_ptr + safe_rows).to(tl.int32)
+        target = tl.load(target_ptr + tl.minimum(rows, B - 1)).to(tl.int32)
         is_target = (cols[None, :] == target[:, None]) & live
         has_target = tl.max(is_target.to(tl.int32), 1) > 0
-    state = tl.zeros((BLOCK_B, BLOCK_K), tl.float32) + fuse_start(RULE)
+    return rows, row_live, cols, live, is_target, has_target, tile
+
+
+@triton.jit
+def fuse_tile(
+    x_ptr, t_ptr, scale_ptr, bias_ptr, xi_ptr, ti_ptr, weight_ptr, partial_ptr, sums_ptr,
+    rows, row_live, cols, live, is_target, has_target, tile, tiles, first,
+    B, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m, log_w, log_share, log_share_of_class, log_others,
+    ACTIVATION: tl.constexpr, RULE: tl.constexpr, FUSED: tl.constexpr, SUMS: tl.constexpr, WHOLE: tl.constexpr,
+    TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr, LOADED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The fused state of a tile and the bound on its L, which tells what the state is; row sums on the way."""
+    state = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+    bound = log_w * 0
     R = tile * 0 + M + 1
     for prompt in range(0, M):
         m = tile * 0 + prompt
         cosine, _, _ = cosine_tile(
-            x_ptr, t_ptr, xi_ptr, ti_ptr, m, safe_rows, safe_cols, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m,
-            NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
+            x_ptr, t_ptr, xi_ptr, ti_ptr, m, rows, cols, live, first, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m,
+            LOADED, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         scale, bias = prompt_constants(scale_ptr, bias_ptr, m, HAS_BIAS)
-        y, l = evidence(cosine * scale + bias, log_w, ACTIVATION)  # noqa: E741
-        if SUMS:
-            store_sums(
-                partial_ptr, log_target_ptr, y, is_target, has_target, live, m, tile0 + tile, rows, row_live,
-                B, R, tiles, log_share_of_class, log_w, TARGET, SQUARE, KL,
-            )  # fmt: skip
-        if FUSED:
-            state = fuse(state, y, l, log_weight_of(weight_ptr, m, safe_rows, B, log_share, RULE), RULE)
+        z = cosine * scale + bias
+        y, _ = evidence(z, log_w, ACTIVATION)
+        log_weight = log_weight_of(weight_ptr, m, rows, B, log_share, RULE)
+        before = bound
+        if not FUSED:
+            before = bound * 0
+        bound = before + softplus(tl.max(tl.max(y, 1), 0))
+        if bound < LINEAR_LIMIT:
+            v = tl.exp(y)
+            if SUMS:
+                store_sums(
+                    partial_ptr, sums_ptr, v, is_target, has_target, live, m, tile, rows, row_live, B, R, tiles,
+                    log_share_of_class, log_others, log_w, True, WHOLE, TARGET, SQUARE, KL,
+                )  # fmt: skip
+            if FUSED:
+                state = fuse_linear(state, v, log_weight, RULE)
+        else:
+            if SUMS:
+                store_sums(
+                    partial_ptr, sums_ptr, y, is_target, has_target, live, m, tile, rows, row_live, B, R, tiles,
+                    log_share_of_class, log_others, log_w, False, WHOLE, TARGET, SQUARE, KL,
+                )  # fmt: skip
+            if FUSED:
+                if before < LINEAR_LIMIT:
+                    state = leave_linear(state, RULE)
+                _, l = evidence(z, log_w, ACTIVATION)  # noqa: E741
+                state = fuse(state, y, l, log_weight, RULE)
+    return state, bound
+
+
+@triton.jit
+def log_ratio_of(state, bound, RULE: tl.constexpr):
+    """L of a fused state."""
+    if bound < LINEAR_LIMIT:
+        L = log1p(state)
+    else:
+        _, L = fused(state, RULE)
+    return L
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, t_ptr, scale_ptr, bias_ptr, xi_ptr, ti_ptr, weight_ptr, target_ptr,
+    ratio_ptr, partial_ptr, sums_ptr,
+    B, M, K, D, first, last, tiles, x_b, x_m, t_m, t_k, xi_b, xi_m, ratio_b,
+    log_w, log_share, log_share_of_class, log_others,
+    ACTIVATION: tl.constexpr, RULE: tl.constexpr, FUSED: tl.constexpr, SUMS: tl.constexpr, RATIO: tl.constexpr,
+    WHOLE: tl.constexpr, TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr, LOADED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of images and of classes first .. last, all prompts."""
+    rows, row_live, cols, live, is_target, has_target, tile = place(
+        target_ptr, first, last, B, TARGET, BLOCK_B, BLOCK_K
+    )
+    safe_rows = tl.minimum(rows, B - 1)
+    state, bound = fuse_tile(
+        x_ptr, t_ptr, scale_ptr, bias_ptr, xi_ptr, ti_ptr, weight_ptr, partial_ptr, sums_ptr,
+        safe_rows, row_live, tl.minimum(cols, last - 1), live, is_target, has_target, tile, tiles, first,
+        B, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m, log_w, log_share, log_share_of_class, log_others,
+        ACTIVATION, RULE, FUSED, SUMS, WHOLE, TARGET, SQUARE, KL, LOADED,
+        HAS_BIAS, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
     if FUSED:
-        Y, L = fused(state, RULE)
         if SUMS:
-            store_sums(
-                partial_ptr, log_target_ptr, Y, is_target, has_target, live, R - 1, tile0 + tile, rows, row_live,
-                B, R, tiles, log_share_of_class, log_w, TARGET, SQUARE, KL,
-            )  # fmt: skip
+            R = tile * 0 + M + 1
+            if bound < LINEAR_LIMIT:
+                store_sums(
+                    partial_ptr, sums_ptr, state, is_target, has_target, live, R - 1, tile, safe_rows, row_live, B, R,
+                    tiles, log_share_of_class, log_others, log_w, True, WHOLE, TARGET, SQUARE, KL,
+                )  # fmt: skip
+            else:
+                Y, _ = fused(state, RULE)
+                store_sums(
+                    partial_ptr, sums_ptr, Y, is_target, has_target, live, R - 1, tile, safe_rows, row_live, B, R,
+                    tiles, log_share_of_class, log_others, log_w, False, WHOLE, TARGET, SQUARE, KL,
+                )  # fmt: skip
         if RATIO:
             at = ratio_ptr + rows.to(tl.int64)[:, None] * ratio_b + (cols - first)[None, :]
-            tl.store(at, L, mask=live)
+            tl.store(at, log_ratio_of(state, bound, RULE), mask=live)
 
 
 @triton.jit
@@ -178,7 +267,7 @@ def log_row(partial_ptr, rows, live, B, tiles, BLOCK_B: tl.constexpr, BLOCK_T: t
         tile = start + tl.arange(0, BLOCK_T)
         mask = live[:, None] & (tile < tiles)[None, :]
         part = tl.load(partial_ptr + tile.to(tl.int64)[None, :] * B + rows[:, None], mask=mask, other=NOTHING)
-        total = logaddexp(total, log_sum(part, mask))
+        total = logaddexp(total, log_sum(part, mask, False))
     return total
 
 
@@ -194,44 +283,39 @@ def plain_row(partial_ptr, rows, live, B, tiles, BLOCK_B: tl.constexpr, BLOCK_T:
 
 
 @triton.jit
-def finish_rows(
-    partial_ptr, r, rows, live, B, R, tiles, log_others,
-    TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Total, log_square and kl_sum of one opinion over all classes (all but the target)."""
-    size = R.to(tl.int64) * tiles * B
-    at = partial_ptr + r.to(tl.int64) * tiles * B
-    # the prior's share of the row: 1 over all classes, (K - 1) / K without the target, nothing if K is 1
-    total = logaddexp(log_row(at, rows, live, B, tiles, BLOCK_B, BLOCK_T), log_others)
-    log_square = total * 0
-    kl_sum = total * 0
-    if SQUARE:
-        log_square = log_row(at + size, rows, live, B, tiles, BLOCK_B, BLOCK_T)
-    if KL:
-        kl_sum = plain_row(at + 2 * size, rows, live, B, tiles, BLOCK_B, BLOCK_T)
-    return total, log_square, kl_sum
-
-
-@triton.jit
 def finish_kernel(
-    partial_ptr, sums_ptr, B, R, tiles, log_others,
+    partial_ptr, sums_ptr, B, R, tiles, log_others, ADD: tl.constexpr,
     TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Partial row sums to row sums: planes total, (log_target, written already), log_square, kl_sum."""
+    """Partial row sums to row sums: planes total, (log_target, written already), log_square, kl_sum.
+
+    ADD: to those of earlier classes. Else to the prior's share of a row: 1 over all classes, (K - 1) / K without the
+    target, nothing if K is 1.
+    """
     r = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = rows < B
-    opinions = r * 0 + R
-    total, log_square, kl_sum = finish_rows(
-        partial_ptr, r, rows, live, B, opinions, tiles, log_others, TARGET, SQUARE, KL, BLOCK_B, BLOCK_T
-    )
-    size = opinions.to(tl.int64) * B
+    plane = (r * 0 + R).to(tl.int64) * B
     at = sums_ptr + r.to(tl.int64) * B + rows
-    tl.store(at, total, mask=live)
+    part = partial_ptr + r.to(tl.int64) * tiles * B
+    total = tl.zeros((BLOCK_B,), tl.float32) + log_others
+    log_square = tl.full((BLOCK_B,), NOTHING, tl.float32)
+    kl_sum = tl.zeros((BLOCK_B,), tl.float32)
+    if ADD:
+        total = tl.load(at, mask=live, other=0.0)
+        log_square = tl.load(at + 2 * plane, mask=live, other=0.0)
+        kl_sum = tl.load(at + 3 * plane, mask=live, other=0.0)
+    tl.store(at, logaddexp(total, log_row(part, rows, live, B, tiles, BLOCK_B, BLOCK_T)), mask=live)
     if not TARGET:
-        tl.store(at + size, total * 0, mask=live)
-    tl.store(at + 2 * size, log_square, mask=live)
-    tl.store(at + 3 * size, kl_sum, mask=live)
+        tl.store(at + plane, total * 0, mask=live)
+    if SQUARE:
+        log_square = logaddexp(log_square, log_row(part + 2 * plane * tiles, rows, live, B, tiles, BLOCK_B, BLOCK_T))
+        tl.store(at + 2 * plane, log_square, mask=live)
+    else:
+        tl.store(at + 2 * plane, total * 0, mask=live)
+    if KL:
+        kl_sum += plain_row(part + 3 * plane * tiles, rows, live, B, tiles, BLOCK_B, BLOCK_T)
+    tl.store(at + 3 * plane, kl_sum, mask=live)
 
 
 # ---- backward ---------------------------------------------------------------------------------------------------
@@ -263,17 +347,33 @@ def load_rows(
 
 
 @triton.jit
-def slope_tile(
-    cosine, scale, bias, m, rows, cols, live, is_target,
-    planes_ptr, ratio_ptr, g_ratio_ptr, weight_ptr, B, M, first, ratio_b, g_ratio_b,
+def fused_slope_tile(
+    L, rows, cols, is_target, planes_ptr, g_ratio_ptr, B, R, first, g_ratio_b, log_w, log_share_of_class,
+    G_RATIO: tl.constexpr, TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr,
+):  # fmt: skip
+    """Gradient of everything by the fused L on one tile."""
+    total, log_target, log_square, g_total, g_target, g_square, g_kl = load_rows(
+        planes_ptr, R - 1, rows, B, R, TARGET, SQUARE, KL
+    )
+    grad = row_slope(
+        L, logaddexp(log_expm1(L), log_share_of_class), is_target, total, log_target, log_square,
+        g_total, g_target, g_square, g_kl, log_w, TARGET, SQUARE, KL,
+    )  # fmt: skip
+    if G_RATIO:
+        grad += tl.load(g_ratio_ptr + rows.to(tl.int64)[:, None] * g_ratio_b + cols[None, :])
+    return grad
+
+
+@triton.jit
+def prompt_slope_tile(
+    cosine, scale, bias, m, rows, live, is_target, L, by_fused, planes_ptr, weight_ptr, B, R,
     log_w, log_share, log_share_of_class,
-    ACTIVATION: tl.constexpr, RULE: tl.constexpr, FUSED: tl.constexpr, G_RATIO: tl.constexpr,
+    ACTIVATION: tl.constexpr, RULE: tl.constexpr, FUSED: tl.constexpr,
     TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
     """Gradient of everything by the logits z of prompt m, and by the rule's weight, on one tile."""
     z = cosine * scale + bias
     y, _ = evidence(z, log_w, ACTIVATION)
-    R = m * 0 + M + 1
     total, log_target, log_square, g_total, g_target, g_square, g_kl = load_rows(
         planes_ptr, m, rows, B, R, TARGET, SQUARE, KL
     )
@@ -283,22 +383,35 @@ def slope_tile(
     )  # fmt: skip
     by_weight = grad * 0
     if FUSED:
-        at = rows.to(tl.int64)[:, None]
-        L = tl.load(ratio_ptr + at * ratio_b + (cols - first)[None, :])
-        total, log_target, log_square, g_total, g_target, g_square, g_kl = load_rows(
-            planes_ptr, R - 1, rows, B, R, TARGET, SQUARE, KL
-        )
-        by_fused = row_slope(
-            L, logaddexp(log_expm1(L), log_share_of_class), is_target, total, log_target, log_square,
-            g_total, g_target, g_square, g_kl, log_w, TARGET, SQUARE, KL,
-        )  # fmt: skip
-        if G_RATIO:
-            by_fused += tl.load(g_ratio_ptr + at * g_ratio_b + (cols - first)[None, :])
         log_weight = log_weight_of(weight_ptr, m, rows, B, log_share, RULE)
         grad += by_fused * fuse_slope(y, log_weight, L, RULE)
         if RULE == "weighted":
             by_weight = tl.where(live, by_fused * tl.exp(y - L), 0.0)
     return tl.where(live, grad * evidence_slope(z, ACTIVATION), 0.0), by_weight
+
+
+@triton.jit
+def slope_tile(
+    cosine, scale, bias, m, rows, cols, live, is_target,
+    planes_ptr, ratio_ptr, g_ratio_ptr, weight_ptr, B, M, first, ratio_b, g_ratio_b,
+    log_w, log_share, log_share_of_class,
+    ACTIVATION: tl.constexpr, RULE: tl.constexpr, FUSED: tl.constexpr, G_RATIO: tl.constexpr,
+    TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr,
+):  # fmt: skip
+    """As :func:`prompt_slope_tile`, with the fused log ratio from memory."""
+    R = m * 0 + M + 1
+    L = cosine
+    by_fused = cosine
+    if FUSED:
+        L = tl.load(ratio_ptr + rows.to(tl.int64)[:, None] * ratio_b + (cols - first)[None, :])
+        by_fused = fused_slope_tile(
+            L, rows, cols, is_target, planes_ptr, g_ratio_ptr, B, R, first, g_ratio_b, log_w, log_share_of_class,
+            G_RATIO, TARGET, SQUARE, KL,
+        )  # fmt: skip
+    return prompt_slope_tile(
+        cosine, scale, bias, m, rows, live, is_target, L, by_fused, planes_ptr, weight_ptr, B, R,
+        log_w, log_share, log_share_of_class, ACTIVATION, RULE, FUSED, TARGET, SQUARE, KL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -353,8 +466,8 @@ def image_kernel(
             if TARGET:
                 is_target = (cols[None, :] == target[:, None]) & live
             cosine, xi, ti = cosine_tile(
-                x_ptr, t_ptr, xi_ptr, ti_ptr, m, safe_rows, safe_cols, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m,
-                NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
+                x_ptr, t_ptr, xi_ptr, ti_ptr, m, safe_rows, safe_cols, live, first, M, K, D,
+                x_b, x_m, t_m, t_k, xi_b, xi_m, False, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             grad, weight = slope_tile(
                 cosine, scale, bias, m, safe_rows, safe_cols, live, is_target,
@@ -426,8 +539,8 @@ def text_kernel(
             target = tl.load(target_ptr + safe_rows).to(tl.int32)
             is_target = (cols[None, :] == target[:, None]) & live
         cosine, xi, ti = cosine_tile(
-            x_ptr, t_ptr, xi_ptr, ti_ptr, m, safe_rows, safe_cols, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m,
-            NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
+            x_ptr, t_ptr, xi_ptr, ti_ptr, m, safe_rows, safe_cols, live, first, M, K, D,
+            x_b, x_m, t_m, t_k, xi_b, xi_m, False, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         grad, _ = slope_tile(
             cosine, scale, bias, m, safe_rows, safe_cols, live, is_target,

@@ -6,16 +6,15 @@ Evidence is ``e = W expm1(l)``; it saturates at the largest finite number where 
 import triton
 import triton.language as tl
 
-from cdc_kernels.epilogue import fuse, fuse_start, fused
-from cdc_kernels.special import NOTHING, expm1, log1p
+from cdc_kernels.epilogue import fuse, fused, leave_linear
+from cdc_kernels.special import expm1, log1p, log_or_nothing
 
 
 @triton.jit
 def prompt_state(e_ptr, at, mask, log_w):
-    """e, y = ln(e / W) and l = ln(1 + e / W) of one opinion."""
+    """y = ln(e / W) and l = ln(1 + e / W) of one opinion."""
     e = tl.load(e_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    y = tl.where(e > 0, tl.log(tl.maximum(e, 1e-37)) - log_w, NOTHING)
-    return e, y, log1p(e * tl.exp(-log_w))
+    return log_or_nothing(e) - log_w, log1p(e * tl.exp(-log_w))
 
 
 @triton.jit
@@ -26,9 +25,9 @@ def fuse_forward_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < total
     base = (i // K) * e_n + (i % K) * e_k
-    state = tl.zeros((BLOCK,), tl.float32) + fuse_start(RULE)
+    state = leave_linear(tl.zeros((BLOCK,), tl.float32), RULE)
     for m in range(0, M):
-        _, y, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
+        y, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
         state = fuse(state, y, l, log_share, RULE)
     _, L = fused(state, RULE)
     tl.store(out_ptr + i, expm1(tl.minimum(L, top)) * tl.exp(log_w), mask=mask)
@@ -43,15 +42,15 @@ def fuse_backward_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < total
     base = (i // K) * e_n + (i % K) * e_k
-    state = tl.zeros((BLOCK,), tl.float32) + fuse_start(RULE)
+    state = leave_linear(tl.zeros((BLOCK,), tl.float32), RULE)
     for m in range(0, M):
-        _, y, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
+        y, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
         state = fuse(state, y, l, log_share, RULE)
     _, L = fused(state, RULE)
     g = tl.load(g_ptr + i, mask=mask, other=0.0)
     g = tl.where(top > L, g, 0.0)
     for m in range(0, M):
-        _, _, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
+        _, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
         if RULE == "dempster":  # noqa: SIM108 (a branch at compile time)
             # d e / d e_m = exp(L) / (1 + e_m / W)
             slope = tl.exp(tl.minimum(L, top) - l)

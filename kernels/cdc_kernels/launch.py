@@ -1,9 +1,16 @@
-"""Launchers: from checked tensors to the kernels of :mod:`cdc_kernels.fused_opinion`. No autograd here."""
+"""Launchers of the fused opinion: from checked tensors to kernels, along one of two paths. No autograd here.
+
+"tiles": the kernels of :mod:`cdc_kernels.fused_opinion` multiply features themselves. "chunks": a library multiplies
+them over chunks of classes, the same epilogue reads the products (:mod:`cdc_kernels.chunks`). The rule between them
+is :func:`cdc_kernels.configs.path`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +19,20 @@ import triton
 from torch import Tensor
 
 from cdc_kernels import configs
+from cdc_kernels.chunks import project_kernel, slope_kernel
 from cdc_kernels.configs import INTERPRETER, Config
-from cdc_kernels.decoupling import decoupling_backward_kernel, decoupling_forward_kernel
 from cdc_kernels.fused_opinion import finish_kernel, forward_kernel, image_kernel, text_kernel
-from cdc_kernels.fusion import fuse_backward_kernel, fuse_forward_kernel
-from cdc_kernels.row_loss import row_loss_kernel
 from cdc_kernels.special import NOTHING
 
-#: The loss's backward pass makes the fused log ratio again, for so many numbers (16 MB) of it at a time.
+INTERPRETED = configs.interpreted(forward_kernel)
+#: Tiles' backward pass of the loss makes the fused log ratio again, for so many numbers (16 MB) of it at a time.
 RATIO_NUMBERS = 2**22
+#: So many partial row sums (16 MB) are kept at a time.
+PARTIAL_NUMBERS = 2**22
 #: The running top-k looks at so many classes at a time, and never at more than a quarter of them.
 TOPK_COLUMNS = 4096
 FINISH_ROWS, FINISH_TILES = 32, 32
-FUSE_BLOCK = 1024
-LOSS_BLOCK = 128
-#: A class's text features are held in registers by one program: at most so many numbers.
-DECOUPLING_NUMBERS = 16384
+PROJECT_ROWS, PROJECT_FEATURES = 16, 128
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,41 @@ class Inputs:
     square: bool = False
     kl: bool = False
 
+    def __post_init__(self) -> None:
+        """Kernels follow pointers: what does not fit together is refused here, where operators are called directly."""
+        M, _, D = self.text.shape
+        B = self.image.shape[0]
+        shapes = {
+            "image": [[B, D], [B, M, D]],
+            "scale": [[M]],
+            "bias": [[M]],
+            "image_inverse": [[B], [B, M]],
+            "text_inverse": [[M, self.text.shape[1]]],
+            "weight": [[B, M]],
+            "target": [[B]],
+        }
+        for name, allowed in shapes.items():
+            x = getattr(self, name)
+            if x is None:
+                continue
+            if list(x.shape) not in allowed or x.device != self.text.device:
+                raise ValueError(
+                    f"{name} must have shape {' or '.join(map(str, allowed))} on {self.text.device}, to match text "
+                    f"{list(self.text.shape)}; got {list(x.shape)} on {x.device}"
+                )
+        if self.image.dtype != self.text.dtype:
+            raise ValueError(f"image must have the dtype of text, {self.text.dtype}; got {self.image.dtype}")
+
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """B, M, K, D."""
         M, K, D = self.text.shape
         return self.image.shape[0], M, K, D
 
-    def kind(self, kernel: str) -> str:
-        """The kind of configuration a kernel needs."""
-        return f"{kernel}_kl" if self.kl else kernel
+    @property
+    def tf32(self) -> bool:
+        """Whether PyTorch may multiply float32 features as tf32."""
+        return self.image.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
 
 
 def unit_last(x: Tensor) -> Tensor:
@@ -70,25 +101,24 @@ def unit_last(x: Tensor) -> Tensor:
 
 @dataclass
 class Call:
-    """The arguments the kernels share, by name."""
+    """The arguments the kernels share, by name; image and text with features next to each other in memory."""
 
+    image: Tensor
+    text: Tensor
     tensors: dict[str, Any]
     sizes: dict[str, int]
     numbers: dict[str, float]
     flags: dict[str, Any]
-    interpreted: bool
 
     @classmethod
     def of(cls, i: Inputs) -> Call:
         """From inputs; what is absent becomes a flag and a pointer nobody follows."""
         B, M, K, D = i.sizes
         x, t, dummy = unit_last(i.image), unit_last(i.text), i.scale
-        interpreted = configs.interpreted(forward_kernel)
         xi = dummy if i.image_inverse is None else i.image_inverse
-        per_prompt = x.dim() == 3
-        rule_share = -math.log(M) if i.rule == "averaging" else 0.0
-        tf32 = x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return cls(
+            image=x,
+            text=t,
             tensors={
                 "x_ptr": x,
                 "t_ptr": t,
@@ -105,7 +135,7 @@ class Call:
                 "K": K,
                 "D": D,
                 "x_b": x.stride(0),
-                "x_m": x.stride(1) if per_prompt else 0,
+                "x_m": x.stride(1) if x.dim() == 3 else 0,
                 "t_m": t.stride(0),
                 "t_k": t.stride(1),
                 "xi_b": xi.stride(0),
@@ -113,7 +143,7 @@ class Call:
             },
             numbers={
                 "log_w": math.log(i.prior_weight),
-                "log_share": rule_share,
+                "log_share": -math.log(M) if i.rule == "averaging" else 0.0,
                 "log_share_of_class": -math.log(K),
             },
             flags={
@@ -124,16 +154,27 @@ class Call:
                 "KL": i.kl,
                 "HAS_BIAS": i.bias is not None,
                 "NORMALIZE": i.image_inverse is not None,
-                "UPCAST": interpreted,
-                "PRECISION": "tf32" if tf32 else "ieee",
+                "UPCAST": INTERPRETED,
+                "PRECISION": "tf32" if i.tf32 else "ieee",
             },
-            interpreted=interpreted,
         )
 
     @property
     def dummy(self) -> Tensor:
         """A tensor to point at where nothing is read or written."""
         return self.tensors["scale_ptr"]  # type: ignore[no-any-return]
+
+    def images(self, dtype: torch.dtype) -> Tensor:
+        """Image features as [M, B, D]."""
+        x, M = self.image.to(dtype), self.sizes["M"]
+        return x.transpose(0, 1) if x.dim() == 3 else x.expand(M, -1, -1)
+
+    def config(self, kind: str) -> Config:
+        """The default configuration of a kind of kernel."""
+        kind += "_kl" if self.flags["KL"] else ""
+        if INTERPRETED:
+            return INTERPRETER
+        return configs.default(kind, configs.architecture(self.image.device), self.image.element_size())
 
     def tile(self, config: Config) -> dict[str, Any]:
         """The configuration as launch arguments."""
@@ -146,12 +187,41 @@ class Call:
             "num_stages": config.num_stages,
         }
 
+    def columns(self, bytes_a_class: int, limit: int, config: Config) -> int:
+        """Classes of a chunk that takes at most ``limit`` bytes: whole tiles, at least one."""
+        K = self.sizes["K"]
+        return min(K, max(1, limit // (bytes_a_class * config.classes)) * config.classes)
+
+    @property
+    def half(self) -> bool:
+        """Gradients are multiplied as bf16, whose range is float32's. float16 would lose small ones."""
+        return self.image.dtype == torch.bfloat16 and not INTERPRETED
+
     def gradient_flags(self) -> dict[str, Any]:
-        """How gradients are multiplied: bf16 as it is, float16 through tf32, float32 like the logits."""
-        dtype = self.tensors["x_ptr"].dtype
-        bf16 = dtype == torch.bfloat16 and not self.interpreted
-        half = dtype == torch.float16 and not self.interpreted
-        return {"HALF": "bf16" if bf16 else "", "GRAD_PRECISION": "tf32" if half else self.flags["PRECISION"]}
+        """How tiles multiply gradients: bf16 as it is, float16 through tf32, float32 like the logits."""
+        through_tf32 = self.image.dtype == torch.float16 and not INTERPRETED
+        return {
+            "HALF": "bf16" if self.half else "",
+            "GRAD_PRECISION": "tf32" if through_tf32 else self.flags["PRECISION"],
+        }
+
+    def products(self, work: Tensor, first: int, last: int) -> Call:
+        """This call for classes first .. last, whose products with every image go into the workspace first."""
+        M, B = self.sizes["M"], self.sizes["B"]
+        here = work[: M * B * (last - first)].view(M, B, last - first)
+        multiply(self.images(self.image.dtype), self.text[:, first:last].transpose(1, 2), here)
+        sizes = self.sizes | {"x_m": here.stride(0), "x_b": here.stride(1)}
+        return dataclasses.replace(self, tensors=self.tensors | {"x_ptr": here}, sizes=sizes)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a @ b`` [M, .., ..] by the library; out is float32, a and b are of one dtype."""
+    if a.dtype == out.dtype:
+        torch.bmm(a, b, out=out)
+    elif a.device.type == "cuda" and not torch.version.hip:
+        torch.bmm(a, b, torch.float32, out=out)
+    else:
+        torch.bmm(a.float(), b.float(), out=out)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -162,45 +232,52 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def run_forward(
-    call: Call, *, ratio: Tensor | None, partial: Tensor | None, sums: Tensor | None, config: Config,
-    first: int, last: int, tile0: int, tiles: int, fused: bool,
+    call: Call, config: Config, *, first: int, last: int, fused: bool, loaded: bool = False,
+    ratio: Tensor | None = None, partial: Tensor | None = None, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch the forward kernel on classes first .. last."""
-    B = call.sizes["B"]
-    grid = (triton.cdiv(B, config.images) * triton.cdiv(last - first, config.classes),)
-    forward_kernel[grid](
+    tiles = triton.cdiv(last - first, config.classes)
+    forward_kernel[(triton.cdiv(call.sizes["B"], config.images) * tiles,)](
         **call.tensors,
         ratio_ptr=call.dummy if ratio is None else ratio,
         partial_ptr=call.dummy if partial is None else partial,
-        log_target_ptr=call.dummy if sums is None else sums[1],
+        sums_ptr=call.dummy if sums is None else sums,
         **call.sizes,
         first=first,
         last=last,
-        tile0=tile0,
         tiles=tiles,
         ratio_b=0 if ratio is None else ratio.stride(0),
         **call.numbers,
+        log_others=log_others(call),
         FUSED=fused,
         SUMS=sums is not None,
         RATIO=ratio is not None,
+        WHOLE=partial is sums,
+        LOADED=loaded,
         **call.flags,
         **call.tile(config),
     )
 
 
-def run_finish(call: Call, partial: Tensor, sums: Tensor, opinions: int) -> None:
+def log_others(call: Call) -> float:
+    """Logarithm of the prior's share of a row sum: 1 over all classes, (K - 1) / K without the target."""
+    K = call.sizes["K"]
+    if not call.flags["TARGET"]:
+        return 0.0
+    return math.log((K - 1) / K) if K > 1 else float(NOTHING.value)
+
+
+def run_finish(call: Call, partial: Tensor, sums: Tensor, tiles: int, opinions: int, add: bool) -> None:
     """Launch the reduction of partial row sums."""
-    B, K = call.sizes["B"], call.sizes["K"]
-    log_others = 0.0
-    if call.flags["TARGET"]:
-        log_others = math.log((K - 1) / K) if K > 1 else float(NOTHING.value)
+    B = call.sizes["B"]
     finish_kernel[(triton.cdiv(B, FINISH_ROWS), opinions)](
         partial,
         sums,
         B,
         sums.shape[1],
-        partial.shape[2],
-        log_others,
+        tiles,
+        log_others(call),
+        ADD=add,
         TARGET=call.flags["TARGET"],
         SQUARE=call.flags["SQUARE"],
         KL=call.flags["KL"],
@@ -208,6 +285,40 @@ def run_finish(call: Call, partial: Tensor, sums: Tensor, opinions: int) -> None
         BLOCK_T=FINISH_TILES,
         num_warps=4,
     )
+
+
+def forward(
+    call: Call, config: Config, path: str, sums: Tensor, fused: bool, ratio: Tensor | None = None, columns: int = 0
+) -> Iterator[tuple[int, Tensor | None]]:
+    """Fill row sums [4, M + 1, B] chunk by chunk of classes, and yield the first class and log ratio of each.
+
+    ratio, if wanted: [B, K]; or [B, columns], which is written over by the next chunk. One launch when all classes fit
+    one tile.
+    """
+    _, R, B = sums.shape
+    M, K = call.sizes["M"], call.sizes["K"]
+    planes = 4 if call.flags["SQUARE"] or call.flags["KL"] else 1
+    limit = call.columns(1, PARTIAL_NUMBERS // (planes * R * B) * config.classes, config)
+    if path == "chunks":
+        limit = min(limit, call.columns(4 * M * B, configs.WORKSPACE, config))
+    columns = min(columns, limit) if columns else limit
+    whole = config.classes >= K
+    partial = sums if whole else sums.new_empty((planes, R, triton.cdiv(columns, config.classes), B))
+    work = sums.new_empty(M * B * columns if path == "chunks" else 0)
+    for first in range(0, K, columns):
+        last = min(first + columns, K)
+        here = call.products(work, first, last) if path == "chunks" else call
+        out = ratio
+        if ratio is not None:
+            out = ratio[:, first:last] if ratio.shape[1] == K else ratio[:, : last - first]
+        run_forward(
+            here, config, first=first, last=last, fused=fused, loaded=path == "chunks",
+            ratio=out, partial=partial, sums=sums,
+        )  # fmt: skip
+        if not whole:
+            tiles = triton.cdiv(last - first, config.classes)
+            run_finish(call, partial, sums, tiles, R if fused else M, first > 0)
+        yield first, out
 
 
 def row_sums(i: Inputs, want_ratio: bool, fused: bool = True) -> tuple[Tensor, Tensor]:
@@ -220,21 +331,17 @@ def row_sums(i: Inputs, want_ratio: bool, fused: bool = True) -> tuple[Tensor, T
     sums = i.scale.new_empty((4, M + 1, B)) if fused else i.scale.new_zeros((4, M + 1, B))
     if B == 0:
         return ratio, sums
-    call = Call.of(i)
-    planes = 3 if i.square or i.kl else 1
+    call, path = Call.of(i), configs.path("forward", *i.sizes, i.image.dtype, tf32=i.tf32)
 
-    def launch(config: Config) -> Tensor:
-        tiles = triton.cdiv(K, config.classes)
-        partial = i.scale.new_empty((planes, M + 1, tiles, B))
-        run_forward(
-            call, ratio=ratio if want_ratio else None, partial=partial, sums=sums, config=config,
-            first=0, last=K, tile0=0, tiles=tiles, fused=fused,
-        )  # fmt: skip
-        return partial
+    def launch(config: Config) -> None:
+        for _ in forward(call, config, path, sums, fused, ratio if want_ratio else None):
+            pass
 
     with on_device(i.image):
-        partial = launch(INTERPRETER if call.interpreted else configs.pick(i.kind("forward"), i.image, i.sizes, launch))
-        run_finish(call, partial, sums, M + 1 if fused else M)
+        config = call.config("forward" if path == "tiles" else "epilogue")
+        if path == "tiles" and not i.kl and not INTERPRETED:
+            config = configs.pick("forward", i.image, i.sizes, config, launch)
+        launch(config)
     return ratio, sums
 
 
@@ -246,29 +353,27 @@ def topk(i: Inputs, k: int) -> tuple[Tensor, Tensor, Tensor]:
     classes = torch.empty((B, 0), dtype=torch.int64, device=i.image.device)
     if B == 0:
         return classes.new_empty((0, k)), values.new_empty((0, k)), sums
-    call = Call.of(i)
-    config = (
-        INTERPRETER
-        if call.interpreted
-        else configs.default("forward", configs.architecture(i.image.device), i.image.element_size())
-    )
+    call, path = Call.of(i), configs.path("forward", *i.sizes, i.image.dtype, tf32=i.tf32)
+    config = call.config("forward" if path == "tiles" else "epilogue")
     columns = triton.cdiv(max(k, min(TOPK_COLUMNS, triton.cdiv(K, 4))), config.classes) * config.classes
-    tiles = triton.cdiv(K, config.classes)
-    partial = i.scale.new_empty((1, M + 1, tiles, B))
     ratio = i.scale.new_empty((B, min(columns, K)))
     with on_device(i.image):
-        for first in range(0, K, columns):
-            last = min(first + columns, K)
-            run_forward(
-                call, ratio=ratio, partial=partial, sums=sums, config=config,
-                first=first, last=last, tile0=first // config.classes, tiles=tiles, fused=True,
-            )  # fmt: skip
-            best, where = ratio[:, : last - first].topk(min(k, last - first), dim=1)
+        for first, here in forward(call, config, path, sums, True, ratio, columns):
+            assert here is not None
+            best, where = here.topk(min(k, here.shape[1]), dim=1)
             values, classes = torch.cat([values, best], 1), torch.cat([classes, where + first], 1)
             values, order = values.topk(min(k, values.shape[1]), dim=1)
             classes = classes.gather(1, order)
-        run_finish(call, partial, sums, M + 1)
     return classes, values, sums
+
+
+@dataclass
+class Wanted:
+    """Where gradients go, or None: image (float32), text, and rows [3, M, B] of scale, bias and weight."""
+
+    image: Tensor | None
+    text: Tensor | None
+    rows: Tensor | None
 
 
 def gradients(
@@ -278,175 +383,152 @@ def gradients(
     """Gradients of image (float32), text, and rows [3, M, B] (of scale, bias and weight, before the sum over images).
 
     planes [7, M + 1, B]: total, log_target, log_square, then the gradients by these and by kl_sum. Without a
-    ratio the fused log ratio is made again, a chunk of classes at a time. What is not needed comes back empty.
+    ratio the fused log ratio is made again. What is not needed comes back empty.
     """
-    B, M, K, D = i.sizes
+    B, M, _, _ = i.sizes
     g_image = i.scale.new_empty(i.image.shape if need_image else (0,))
     g_text = i.text.new_empty(i.text.shape if need_text else (0,))
     g_rows = i.scale.new_empty((3, M, B) if need_rows else (0,))
     if B == 0:
         return g_image, g_text.zero_(), g_rows
+    out = Wanted(g_image if need_image else None, g_text if need_text else None, g_rows if need_rows else None)
     call = Call.of(i)
-    planes = planes.contiguous()
-    config = INTERPRETER
-    forward_config = INTERPRETER
-    if not call.interpreted:
-        arch = configs.architecture(i.image.device)
-        config = configs.default(i.kind("gradient"), arch, i.image.element_size())
-        forward_config = configs.default("forward", arch, i.image.element_size())
-    columns = K
-    chunk = None if fused else call.dummy.unsqueeze(0)
-    if ratio is None and fused:
-        columns = min(K, max(config.classes, RATIO_NUMBERS // B // config.classes * config.classes))
-        chunk = i.scale.new_empty((B, columns))
-    shared = i.image.dim() == 2
-    slices = triton.cdiv(D, config.out)
+    path = configs.path("backward", *i.sizes, i.image.dtype, need_image + need_text, i.tf32)
     with on_device(i.image):
-        for first in range(0, K, columns):
-            last = min(first + columns, K)
-            if ratio is None and fused:
-                run_forward(
-                    call, ratio=chunk, partial=None, sums=None, config=forward_config,
-                    first=first, last=last, tile0=0, tiles=0, fused=True,
-                )  # fmt: skip
-            here = chunk if ratio is None else ratio[:, first:last]
-            assert here is not None
-            common = {
-                **call.tensors,
-                "planes_ptr": planes,
-                "ratio_ptr": here,
-                "g_ratio_ptr": call.dummy if g_ratio is None else g_ratio,
-                **call.sizes,
-                "first": first,
-                "last": last,
-                "ratio_b": here.stride(0),
-                "g_ratio_b": 0 if g_ratio is None else g_ratio.stride(0),
-                **call.numbers,
-                "FUSED": fused,
-                "G_RATIO": g_ratio is not None,
-                **call.flags,
-                **call.gradient_flags(),
-                **call.tile(config),
-                "OUT_D": config.out,
-            }
-            if need_image or need_rows:
-                groups = 1 if shared and need_image else M
-                image_kernel[(triton.cdiv(B, config.images), groups, slices if need_image else 1)](
-                    g_image_ptr=g_image,
-                    g_rows_ptr=g_rows,
-                    group=M // groups,
-                    gi_b=g_image.stride(0),
-                    gi_m=0 if shared or not need_image else g_image.stride(1),
-                    FEATURES=need_image,
-                    ROWS=need_rows,
-                    ADD=first > 0,
-                    **common,
-                )
-            if need_text:
-                text_kernel[(triton.cdiv(last - first, config.classes), M, slices)](g_text_ptr=g_text, **common)
+        if path == "chunks":
+            chunk_gradients(call, planes.contiguous(), g_ratio, fused, out)
+        else:
+            tile_gradients(call, planes.contiguous(), ratio, g_ratio, fused, out)
     return g_image, g_text, g_rows
 
 
-def _fuse_numbers(evidence: Tensor, rule: str, prior_weight: float) -> dict[str, Any]:
-    """What both fusion kernels are told about evidence [N, M, K]."""
-    N, M, K = evidence.shape
-    e_n, e_m, e_k = evidence.stride()
-    top = math.log(torch.finfo(torch.float32).max) - 1e-4 - math.log(max(prior_weight, 1.0))
-    return {
-        "M": M,
-        "K": K,
-        "total": N * K,
-        "e_n": e_n,
-        "e_m": e_m,
-        "e_k": e_k,
-        "log_w": math.log(prior_weight),
-        "log_share": -math.log(M) if rule == "averaging" else 0.0,
-        "top": top,
-        "RULE": rule,
-        "BLOCK": FUSE_BLOCK,
-    }
-
-
-def fuse_evidence(evidence: Tensor, rule: str, prior_weight: float) -> Tensor:
-    """Evidence [N, M, K] of any float dtype up to 32 bits and any strides to fused evidence [N, K], float32."""
-    N, _, K = evidence.shape
-    out = evidence.new_empty((N, K), dtype=torch.float32)
-    if out.numel():
-        with on_device(evidence):
-            grid = (triton.cdiv(N * K, FUSE_BLOCK),)
-            fuse_forward_kernel[grid](evidence, out, **_fuse_numbers(evidence, rule, prior_weight))
-    return out
-
-
-def fuse_evidence_backward(evidence: Tensor, grad: Tensor, rule: str, prior_weight: float) -> Tensor:
-    """Gradient [N, M, K] of :func:`fuse_evidence`."""
-    N, _, K = evidence.shape
-    g_e = torch.empty_like(evidence, memory_format=torch.contiguous_format)
-    if g_e.numel():
-        with on_device(evidence):
-            grid = (triton.cdiv(N * K, FUSE_BLOCK),)
-            numbers = _fuse_numbers(evidence, rule, prior_weight)
-            fuse_backward_kernel[grid](evidence, grad.contiguous(), g_e, **numbers)
-    return g_e
-
-
-def _decoupling_numbers(text: Tensor, squared: bool) -> dict[str, Any]:
-    """What both decoupling kernels are told about text [M, K, D]."""
-    M, _, D = text.shape
-    rows, columns = triton.next_power_of_2(M), triton.next_power_of_2(D)
-    if rows * columns > DECOUPLING_NUMBERS:
-        raise ValueError(
-            f"text must have at most {DECOUPLING_NUMBERS} numbers a class (M and D rounded up to powers of two) for "
-            f"the decoupling kernel; got M = {M}, D = {D}"
-        )
-    return {
-        "M": M,
-        "D": D,
-        "t_m": text.stride(0),
-        "t_k": text.stride(1),
-        "SQUARED": squared,
-        "BLOCK_M": rows,
-        "BLOCK_D": columns,
-        "num_warps": 4 if rows * columns <= 4096 else 8,
-    }
-
-
-def decoupling(text: Tensor, squared: bool) -> Tensor:
-    """``sum_{m > n} cos(t_mk, t_nk)`` (or of its square) of each class [K]."""
-    text = unit_last(text)
-    out = text.new_empty(text.shape[1], dtype=torch.float32)
-    with on_device(text):
-        decoupling_forward_kernel[(text.shape[1],)](text, out, **_decoupling_numbers(text, squared))
-    return out
-
-
-def decoupling_backward(text: Tensor, grad: Tensor, squared: bool) -> Tensor:
-    """Gradient [M, K, D] of :func:`decoupling`."""
-    text = unit_last(text)
-    g_text = torch.empty_like(text, memory_format=torch.contiguous_format)
-    with on_device(text):
-        decoupling_backward_kernel[(text.shape[1],)](
-            text, grad.contiguous(), g_text, K=text.shape[1], **_decoupling_numbers(text, squared)
-        )
-    return g_text
-
-
-def row_loss(sums: Tensor, classes: int, prior_weight: float, form: str, kl_weight: float) -> tuple[Tensor, Tensor]:
-    """Loss [R, B] of each opinion from row sums [4, R, B], and its gradient [4, R, B] by these."""
-    sums = sums.contiguous()
-    loss, grad = sums.new_empty(sums.shape[1:]), torch.empty_like(sums)
-    if loss.numel():
-        with on_device(sums):
-            row_loss_kernel[(triton.cdiv(loss.numel(), LOSS_BLOCK),)](
-                sums,
-                loss,
-                grad,
-                loss.numel(),
-                classes,
-                math.log(prior_weight),
-                kl_weight,
-                FORM=form,
-                KL=kl_weight != 0 and classes > 1,
-                BLOCK=LOSS_BLOCK,
+def tile_gradients(
+    call: Call, planes: Tensor, ratio: Tensor | None, g_ratio: Tensor | None, fused: bool, out: Wanted
+) -> None:
+    """Tiles multiply for themselves; the fused log ratio, if not at hand, is made again for a chunk of classes."""
+    B, M, K, D = (call.sizes[name] for name in "BMKD")
+    config, forward_config = call.config("gradient"), call.config("forward")
+    again = fused and ratio is None
+    columns = call.columns(B, RATIO_NUMBERS, config) if again else K
+    if again or ratio is None:
+        ratio = planes.new_empty((B, columns) if again else (1, 1))
+    shared = call.image.dim() == 2
+    slices = triton.cdiv(D, config.out)
+    for first in range(0, K, columns):
+        last = min(first + columns, K)
+        if again:
+            run_forward(call, forward_config, first=first, last=last, fused=True, ratio=ratio)
+        common = {
+            **call.tensors,
+            "planes_ptr": planes,
+            "ratio_ptr": ratio,
+            "g_ratio_ptr": call.dummy if g_ratio is None else g_ratio,
+            **call.sizes,
+            "first": first,
+            "last": last,
+            "ratio_b": ratio.stride(0),
+            "g_ratio_b": 0 if g_ratio is None else g_ratio.stride(0),
+            **call.numbers,
+            "FUSED": fused,
+            "G_RATIO": g_ratio is not None,
+            **call.flags,
+            **call.gradient_flags(),
+            **call.tile(config),
+            "OUT_D": config.out,
+        }
+        if out.image is not None or out.rows is not None:
+            features = out.image is not None
+            groups = 1 if shared and features else M
+            image_kernel[(triton.cdiv(B, config.images), groups, slices if features else 1)](
+                g_image_ptr=call.dummy if out.image is None else out.image,
+                g_rows_ptr=call.dummy if out.rows is None else out.rows,
+                group=M // groups,
+                gi_b=0 if out.image is None else out.image.stride(0),
+                gi_m=0 if shared or out.image is None else out.image.stride(1),
+                FEATURES=features,
+                ROWS=out.rows is not None,
+                ADD=first > 0,
+                **common,
             )
-    return loss, grad
+        if out.text is not None:
+            text_kernel[(triton.cdiv(last - first, config.classes), M, slices)](g_text_ptr=out.text, **common)
+
+
+def chunk_gradients(call: Call, planes: Tensor, g_ratio: Tensor | None, fused: bool, out: Wanted) -> None:
+    """A library multiplies, over chunks of classes; one kernel between turns products into their gradients.
+
+    Beyond inputs and gradients it takes ``configs.WORKSPACE`` bytes (or one tile of classes, if that is more), for
+    image gradients M float32 copies of these, and for float16 features a float32 copy of the images.
+    """
+    B, M, K, D = (call.sizes[name] for name in "BMKD")
+    config = call.config("slope")
+    gradient_dtype = torch.bfloat16 if call.half else torch.float32
+    text_buffer = out.text is not None and out.text.dtype != torch.float32
+    text_copy = out.image is not None and call.text.dtype != gradient_dtype
+    bytes_a_class = M * ((6 if call.half else 4) * B + 4 * D * (text_buffer + text_copy))
+    columns = call.columns(bytes_a_class, configs.WORKSPACE, config)
+    work = planes.new_empty(M * B * columns)
+    halves = planes.new_empty(M * B * columns if call.half else 0, dtype=torch.bfloat16)
+    buffer = planes.new_empty(M * columns * D if text_buffer else 0)
+    partial = planes.new_empty(3 * M * triton.cdiv(columns, config.classes) * B if out.rows is not None else 0)
+    per_prompt = planes.new_empty((M, B, D) if out.image is not None else 0)
+    images = call.images(gradient_dtype)
+    for total in (out.image, out.rows):
+        if total is not None:
+            total.zero_()
+    for first in range(0, K, columns):
+        last = min(first + columns, K)
+        here = call.products(work, first, last)
+        products = here.tensors["x_ptr"]
+        slope = halves[: products.numel()].view_as(products) if call.half else products
+        tiles = triton.cdiv(last - first, config.classes)
+        slope_kernel[(triton.cdiv(B, config.images) * tiles,)](
+            **here.tensors,
+            planes_ptr=planes,
+            g_ratio_ptr=call.dummy if g_ratio is None else g_ratio,
+            slope_ptr=slope,
+            g_rows_ptr=partial,
+            **here.sizes,
+            first=first,
+            last=last,
+            tiles=tiles,
+            g_ratio_b=0 if g_ratio is None else g_ratio.stride(0),
+            **call.numbers,
+            ROWS=out.rows is not None,
+            FUSED=fused,
+            G_RATIO=g_ratio is not None,
+            LOADED=True,
+            **call.flags,
+            **call.tile(config),
+        )
+        text = call.text[:, first:last]
+        if out.rows is not None:
+            out.rows += partial[: 3 * M * tiles * B].view(3, M, tiles, B).sum(2)
+        if out.image is not None:
+            multiply(slope, text.to(gradient_dtype), per_prompt)
+            out.image += per_prompt.sum(0) if out.image.dim() == 2 else per_prompt.transpose(0, 1)
+        if out.text is not None:
+            mine = out.text[:, first:last]
+            g_text = buffer[: M * (last - first) * D].view(mine.shape) if text_buffer else mine
+            multiply(slope.transpose(1, 2), images, g_text)
+            if call.flags["NORMALIZE"]:
+                project(g_text, text, call.tensors["ti_ptr"][:, first:last], mine)
+            elif text_buffer:
+                mine.copy_(g_text)
+    if out.image is not None and call.flags["NORMALIZE"]:
+        inverse = call.tensors["xi_ptr"]
+        if call.image.dim() == 2:
+            project(out.image[None], call.image[None], inverse[None], out.image[None])
+        else:
+            project(out.image, call.image, inverse, out.image)
+
+
+def project(g: Tensor, x: Tensor, inverse: Tensor, out: Tensor) -> None:
+    """Launch ``out = g - <g, x> x / |x|^2`` over [outer, N, D] and inverse lengths [outer, N]; g may be out."""
+    outer, N, D = g.shape
+    project_kernel[(triton.cdiv(N, PROJECT_ROWS), outer)](
+        g, x, inverse, out, N, D,
+        g.stride(0), g.stride(1), x.stride(0), x.stride(1), inverse.stride(0), inverse.stride(1),
+        out.stride(0), out.stride(1),
+        BLOCK_N=PROJECT_ROWS, BLOCK_D=PROJECT_FEATURES, num_warps=4,
+    )  # fmt: skip

@@ -11,85 +11,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdc_kernels import launch
+from cdc_kernels import launch, launch_small
 from cdc_kernels.launch import Inputs
 
+#: What :class:`cdc_kernels.launch.Inputs` holds, in its order; the operators take it apart into their arguments.
+INPUTS = (
+    "Tensor image, Tensor text, Tensor scale, Tensor? bias, Tensor? image_inverse, Tensor? text_inverse, "
+    "Tensor? weight, Tensor? target, str activation, str rule, float prior_weight, bool square, bool kl"
+)
 
-@torch.library.custom_op("cdc_kernels::row_sums", mutates_args=())
-def row_sums(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    image_inverse: Tensor | None,
-    text_inverse: Tensor | None,
-    weight: Tensor | None,
-    target: Tensor | None,
-    activation: str,
-    rule: str,
-    prior_weight: float,
-    square: bool,
-    kl: bool,
-    want_ratio: bool,
-    fused: bool,
-) -> tuple[Tensor, Tensor]:
+
+@torch.library.custom_op(
+    "cdc_kernels::row_sums",
+    mutates_args=(),
+    schema=f"({INPUTS}, bool want_ratio, bool fused) -> (Tensor log_ratio, Tensor sums)",
+)
+def row_sums(*arguments: Any) -> tuple[Tensor, Tensor]:
     """log_ratio [B, K] (empty unless wanted) and row sums [4, M + 1, B]; see :func:`cdc_kernels.launch.row_sums`."""
-    i = Inputs(
-        image, text, scale, bias, image_inverse, text_inverse, weight, target, activation, rule, prior_weight,
-        square, kl,
-    )  # fmt: skip
-    return launch.row_sums(i, want_ratio, fused)
+    *inputs, want_ratio, fused = arguments
+    return launch.row_sums(Inputs(*inputs), want_ratio, fused)
 
 
 @row_sums.register_fake
-def _(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, image_inverse: Tensor | None,
-    text_inverse: Tensor | None, weight: Tensor | None, target: Tensor | None, activation: str, rule: str,
-    prior_weight: float, square: bool, kl: bool, want_ratio: bool, fused: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _(image: Tensor, text: Tensor, scale: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     B, (M, K, _) = image.shape[0], text.shape
+    want_ratio = others[-2]
     return scale.new_empty((B, K) if want_ratio else (0,)), scale.new_empty((4, M + 1, B))
 
 
-@torch.library.custom_op("cdc_kernels::row_sums_backward", mutates_args=())
-def row_sums_backward(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    image_inverse: Tensor | None,
-    text_inverse: Tensor | None,
-    weight: Tensor | None,
-    target: Tensor | None,
-    activation: str,
-    rule: str,
-    prior_weight: float,
-    square: bool,
-    kl: bool,
-    planes: Tensor,
-    ratio: Tensor | None,
-    g_ratio: Tensor | None,
-    need_image: bool,
-    need_text: bool,
-    need_rows: bool,
-    fused: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "cdc_kernels::row_sums_backward",
+    mutates_args=(),
+    schema=f"({INPUTS}, Tensor planes, Tensor? ratio, Tensor? g_ratio, bool need_image, bool need_text, "
+    "bool need_rows, bool fused) -> (Tensor g_image, Tensor g_text, Tensor g_rows)",
+)
+def row_sums_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text and rows, empty where not needed; see :func:`cdc_kernels.launch.gradients`."""
-    i = Inputs(
-        image, text, scale, bias, image_inverse, text_inverse, weight, target, activation, rule, prior_weight,
-        square, kl,
-    )  # fmt: skip
+    *inputs, planes, ratio, g_ratio, need_image, need_text, need_rows, fused = arguments
     g_ratio = None if g_ratio is None else launch.unit_last(g_ratio)
-    return launch.gradients(i, planes, ratio, g_ratio, need_image, need_text, need_rows, fused)
+    return launch.gradients(Inputs(*inputs), planes, ratio, g_ratio, need_image, need_text, need_rows, fused)
 
 
 @row_sums_backward.register_fake
-def _(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, image_inverse: Tensor | None,
-    text_inverse: Tensor | None, weight: Tensor | None, target: Tensor | None, activation: str, rule: str,
-    prior_weight: float, square: bool, kl: bool, planes: Tensor, ratio: Tensor | None, g_ratio: Tensor | None,
-    need_image: bool, need_text: bool, need_rows: bool, fused: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(image: Tensor, text: Tensor, scale: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, need_image, need_text, need_rows, _ = others
     return (
         scale.new_empty(image.shape if need_image else (0,)),
         text.new_empty(text.shape if need_text else (0,)),
@@ -134,7 +99,7 @@ row_sums.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op("cdc_kernels::row_loss", mutates_args=())
 def row_loss(sums: Tensor, classes: int, prior_weight: float, form: str, kl_weight: float) -> tuple[Tensor, Tensor]:
     """Evidential loss [R, B] from row sums [4, R, B], and its gradient by them; see :mod:`cdc_kernels.row_loss`."""
-    return launch.row_loss(sums, classes, prior_weight, form, kl_weight)
+    return launch_small.row_loss(sums, classes, prior_weight, form, kl_weight)
 
 
 @row_loss.register_fake
@@ -155,31 +120,20 @@ def _backward_row_loss(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor
 row_loss.register_autograd(_backward_row_loss, setup_context=_save_row_loss)
 
 
-@torch.library.custom_op("cdc_kernels::topk", mutates_args=())
-def topk(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    image_inverse: Tensor | None,
-    text_inverse: Tensor | None,
-    weight: Tensor | None,
-    activation: str,
-    rule: str,
-    prior_weight: float,
-    k: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "cdc_kernels::topk",
+    mutates_args=(),
+    schema=f"({INPUTS}, int k) -> (Tensor classes, Tensor log_ratio, Tensor sums)",
+)
+def topk(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Classes and log_ratio [B, k] and row sums [4, M + 1, B]; see :func:`cdc_kernels.launch.topk`."""
-    i = Inputs(image, text, scale, bias, image_inverse, text_inverse, weight, None, activation, rule, prior_weight)
-    return launch.topk(i, k)
+    *inputs, k = arguments
+    return launch.topk(Inputs(*inputs), k)
 
 
 @topk.register_fake
-def _(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, image_inverse: Tensor | None,
-    text_inverse: Tensor | None, weight: Tensor | None, activation: str, rule: str, prior_weight: float, k: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    B, M = image.shape[0], text.shape[0]
+def _(image: Tensor, text: Tensor, scale: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    B, M, k = image.shape[0], text.shape[0], others[-1]
     classes = torch.empty((B, k), dtype=torch.int64, device=image.device)
     return classes, scale.new_empty((B, k)), scale.new_empty((4, M + 1, B))
 
@@ -189,7 +143,7 @@ def fuse_evidence(evidence: Tensor, rule: str, prior_weight: float) -> Tensor:
     """Fused evidence [N, K] of [N, M, K], rules dempster, cumulative, averaging; one pass over memory."""
     if rule not in ("dempster", "cumulative", "averaging"):
         raise ValueError(f"rule must be 'dempster', 'cumulative' or 'averaging'; got {rule!r}")
-    return launch.fuse_evidence(evidence, rule, prior_weight)
+    return launch_small.fuse_evidence(evidence, rule, prior_weight)
 
 
 @fuse_evidence.register_fake
@@ -201,7 +155,7 @@ def _(evidence: Tensor, rule: str, prior_weight: float) -> Tensor:
 @torch.library.custom_op("cdc_kernels::fuse_evidence_backward", mutates_args=())
 def fuse_evidence_backward(evidence: Tensor, grad: Tensor, rule: str, prior_weight: float) -> Tensor:
     """Gradient of :func:`fuse_evidence`."""
-    return launch.fuse_evidence_backward(evidence, grad, rule, prior_weight)
+    return launch_small.fuse_evidence_backward(evidence, grad, rule, prior_weight)
 
 
 @fuse_evidence_backward.register_fake
@@ -225,7 +179,7 @@ fuse_evidence.register_autograd(_backward_evidence, setup_context=_save_evidence
 @torch.library.custom_op("cdc_kernels::decoupling", mutates_args=())
 def decoupling(text: Tensor, squared: bool) -> Tensor:
     """``sum_{m > n} cos(t_mk, t_nk)`` (or of its square) of each class [K] of text [M, K, D]; one read of text."""
-    return launch.decoupling(text, squared)
+    return launch_small.decoupling(text, squared)
 
 
 @decoupling.register_fake
@@ -236,7 +190,7 @@ def _(text: Tensor, squared: bool) -> Tensor:
 @torch.library.custom_op("cdc_kernels::decoupling_backward", mutates_args=())
 def decoupling_backward(text: Tensor, grad: Tensor, squared: bool) -> Tensor:
     """Gradient of :func:`decoupling`."""
-    return launch.decoupling_backward(text, grad, squared)
+    return launch_small.decoupling_backward(text, grad, squared)
 
 
 @decoupling_backward.register_fake

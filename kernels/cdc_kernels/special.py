@@ -48,10 +48,15 @@ def log1p_unit(x):
 
 
 @triton.jit
+def log_or_nothing(x):
+    """``ln x`` for x >= 0; NOTHING for 0 (and for numbers below 1e-37, which float32 hardly holds)."""
+    return tl.where(x > 1e-37, tl.log(tl.maximum(x, 1e-37)), NOTHING)
+
+
+@triton.jit
 def log1p(x):
     """``ln(1 + x)`` for x >= 0."""
-    large = tl.maximum(x, 1.0)
-    return tl.where(x <= 1.0, log1p_unit(tl.minimum(x, 1.0)), tl.log(large) + log1p_unit(1.0 / large))
+    return tl.where(x <= 1.0, log1p_unit(tl.minimum(x, 1.0)), tl.log(1.0 + x))
 
 
 @triton.jit

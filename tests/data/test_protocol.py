@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc_models.data import base_new_split, few_shot_indices, harmonic_mean
+from cdc_models.data import base_new_split, few_shot_indices, harmonic_mean, hold_out
 
 labels = st.lists(st.integers(0, 30), min_size=2, max_size=80).filter(lambda x: len(set(x)) > 1)
 
@@ -26,9 +26,11 @@ def test_published_class_counts():
         assert (len(halves[0]), len(halves[1])) == (base, new)
 
 
-def transcription_of_coop(values, shots, seed):
-    """CoOp's rule told again: group by label in order of appearance, then sample from each group."""
-    random.seed(seed)
+def transcription_of_coop(values, shots):
+    """CoOp's rule told again: group by label in order of appearance, then sample from each group.
+
+    Its code seeds Python's global generator once, at the start of the program.
+    """
     tracker = {}
     for index, label in enumerate(values):
         tracker[label] = [*tracker.get(label, []), index]
@@ -43,8 +45,37 @@ def test_few_shot_draw_is_coops(values, shots, seed):
     state = random.getstate()
     ours = few_shot_indices(values, shots, seed)
     assert random.getstate() == state  # a library leaves the global generator alone
-    assert ours == transcription_of_coop(values, shots, seed)
+    random.seed(seed)
+    assert ours == transcription_of_coop(values, shots)
     random.setstate(state)
+
+
+@given(labels, labels, st.integers(1, 8))
+def test_validation_shots_go_on_with_the_generator_of_the_training_shots(train, val, shots):
+    generator = random.Random(1)
+    ours = [few_shot_indices(train, shots, generator), few_shot_indices(val, 4, generator)]
+    state = random.getstate()
+    random.seed(1)
+    assert ours == [transcription_of_coop(train, shots), transcription_of_coop(val, 4)]
+    random.setstate(state)
+
+
+@given(labels, st.tuples(st.floats(0, 0.45), st.floats(0, 0.45)), st.integers(0, 5))
+def test_parts_held_out_are_disjoint_whole_and_leave_some_of_every_label(values, parts, seed):
+    kept, *held = hold_out(values, parts, seed)
+    assert sorted([*kept, *held[0], *held[1]]) == list(range(len(values)))
+    assert {values[i] for i in kept} == set(values)
+    for label in set(values):
+        count = values.count(label)
+        for part, indices in zip(parts, held, strict=True):
+            assert sum(values[i] == label for i in indices) <= round(count * part)
+    assert (kept, *held) == hold_out(values, parts, seed)
+
+
+@pytest.mark.parametrize("parts", [(-0.1,), (1.0,), (0.5, 0.5), (float("nan"),)])
+def test_parts_out_of_range(parts):
+    with pytest.raises(ValueError, match="parts"):
+        hold_out([0, 0, 1], parts, seed=1)
 
 
 def test_published_harmonic_mean():

@@ -6,13 +6,22 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
 
-from cdc_kernels import configs, ops  # noqa: E402
+from cdc_kernels import configs, launch, launch_small, ops  # noqa: E402
 from cdc_kernels.fused_opinion import forward_kernel  # noqa: E402
 
-from cdc_ops import BackendUnavailableError, evidential_cross_entropy, fused_opinion, fused_topk  # noqa: E402
+from cdc_ops import (  # noqa: E402
+    BackendUnavailableError,
+    decoupling_loss,
+    evidential_cross_entropy,
+    fuse_evidence,
+    fused_opinion,
+    fused_topk,
+    value_checks,
+)
 from cdc_ops.dirichlet import RowSums, loss_from_row_sums  # noqa: E402
 from cdc_ops.special import kl_element  # noqa: E402
 
@@ -79,21 +88,46 @@ def test_opcheck_row_loss():
 
 
 def test_opcheck_topk():
-    torch.library.opcheck(ops.topk, (*inputs(grad=False), None, "exp", "dempster", 5.0, 2))
+    torch.library.opcheck(ops.topk, (*inputs(grad=False), None, None, "exp", "dempster", 5.0, False, False, 2))
 
 
-def test_compiled_without_a_break():
-    x, t, scale, bias, *_ = inputs()
+def fused_loss(x, t, scale, bias, backend):
+    o = fused_opinion(x, t, scale=scale, bias=bias, backend=backend)
+    target = torch.tensor([1, 4])
+    loss = evidential_cross_entropy(x, t, target, scale=scale, bias=bias, form="log", backend=backend)
+    return loss + o.log_ratio.sum() + o.prompt_log_partition.sum()
 
-    def loss(x, t, scale, bias):
-        o = fused_opinion(x, t, scale=scale, bias=bias, backend="triton")
-        return o.log_ratio.sum() + o.prompt_log_partition.sum()
 
-    right = torch.autograd.grad(loss(x, t, scale, bias), [x, t, scale, bias])
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("backend", ["reference", "triton", None])
+def test_compiled_by_inductor_twice(backend):
+    """fullgraph: no break; the second use takes the compiled code, with the numbers of eager mode."""
+    leaves = list(inputs()[:4])
+    right = fused_loss(*leaves, backend)
+    right_gradients = torch.autograd.grad(right, leaves)
+    compiled = torch.compile(fused_loss, fullgraph=True)
+    torch._dynamo.reset()
     for _ in range(2):
-        mine = torch.autograd.grad(compiled(x, t, scale, bias), [x, t, scale, bias])
-        for a, b in zip(mine, right, strict=True):
+        mine = compiled(*leaves, backend)
+        torch.testing.assert_close(mine, right)
+        for a, b in zip(torch.autograd.grad(mine, leaves), right_gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_operations_on_ready_made_tensors_compiled_by_inductor_twice(backend):
+    e, t = torch.rand(3, 2, 5, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
+
+    def both(e, t):
+        fused = fuse_evidence(e, 1, "weighted", backend=backend)
+        return fused.sum() + decoupling_loss(t, "cosine_squared", backend=backend)
+
+    compiled = torch.compile(both, fullgraph=True)
+    right = both(e, t)
+    right_gradients = torch.autograd.grad(right, [e, t])
+    for _ in range(2):
+        mine = compiled(e, t)
+        torch.testing.assert_close(mine, right)
+        for a, b in zip(torch.autograd.grad(mine, [e, t]), right_gradients, strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -123,30 +157,146 @@ def test_no_images():
     none = torch.empty(0, 6, requires_grad=True)
     o = fused_opinion(none, t, scale=scale, backend="triton")
     assert o.log_ratio.shape == (0, 5) and o.prompt_uncertainty.shape == (0, 2)
+    top = fused_topk(none, t, 3, scale=scale, backend="triton")
+    assert top.classes.shape == (0, 3) and top.uncertainty.shape == (0,)
     nothing = torch.empty(0, dtype=torch.long)
     loss = evidential_cross_entropy(none, t, nothing, scale=scale, reduction="sum", backend="triton")
     loss.backward()
     assert loss == 0 and t.grad is not None and (t.grad == 0).all() and none.grad is not None
+    each = evidential_cross_entropy(none, t, nothing, scale=scale, reduction="none", backend="triton")
+    assert each.shape == (0,)
     with pytest.raises(ValueError, match="mean"):
         evidential_cross_entropy(none, t, nothing, scale=scale, backend="triton")
 
 
+@pytest.mark.parametrize("operation", ["opinion", "topk", "loss"])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda x, t, y: (x[:, :3], t, y), "image must have shape"),
-        (lambda x, t, y: (x, t[:, :0], y), "text must have shape"),
-        (lambda x, t, y: (x * float("nan"), t, y), "image must be finite"),
-        (lambda x, t, y: (x, t / 0, y), "text must be finite"),
-        (lambda x, t, y: (x, t, y + 5), "target must hold class indices"),
-        (lambda x, t, y: (x.to("meta"), t, y), "device"),
+        (lambda x, t: (x[:, :3], t), "image must have shape"),
+        (lambda x, t: (x[None, None], t), "image must have shape"),
+        (lambda x, t: (x, t[0]), "text must have shape"),
+        (lambda x, t: (x, t[:, :0]), "text must have shape"),
+        (lambda x, t: (x, t[:0]), "text must have shape"),
+        (lambda x, t: (x * math.nan, t), "image must be finite"),
+        (lambda x, t: (x, t / 0), "text must be finite"),
+        (lambda x, t: (x.to("meta"), t), "device"),
+        (lambda x, t: (x.long(), t), "image must be a floating-point tensor"),
     ],
 )
-def test_bad_input(change, words):
-    x, t, *_ = inputs(grad=False)
-    x, t, y = change(x, t, torch.tensor([0, 4]))
+def test_bad_features(change, words, operation):
+    x, t = change(*inputs(grad=False)[:2])
     with pytest.raises(ValueError, match=words):
+        if operation == "opinion":
+            fused_opinion(x, t, scale=2.0, backend="triton")
+        elif operation == "topk":
+            fused_topk(x, t, 2, scale=2.0, backend="triton")
+        else:
+            evidential_cross_entropy(x, t, torch.tensor([0, 4]), scale=2.0, backend="triton")
+
+
+@pytest.mark.parametrize("target", [[0, 5], [-1, 0]])
+def test_targets_out_of_range(target):
+    """Reported; with the checks off not read out of bounds either, because no kernel uses a target as an address."""
+    x, t, *_ = inputs(grad=False)
+    y = torch.tensor(target)
+    with pytest.raises(ValueError, match="target must hold class indices in"):
         evidential_cross_entropy(x, t, y, scale=2.0, backend="triton")
+    with value_checks(False):
+        loss = evidential_cross_entropy(x, t, y, scale=2.0, reduction="none", backend="triton")
+        right = evidential_cross_entropy(x, t, y.clamp(0, 4), scale=2.0, reduction="none", backend="triton")
+    inside = (y >= 0) & (y < 5)
+    torch.testing.assert_close(loss[inside], right[inside])
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "words"),
+    [
+        (0, torch.ones(2, 7), "image must have shape"),
+        (0, torch.ones(2, 6).half(), "image must have the dtype of text"),
+        (2, torch.ones(3), "scale must have shape"),
+        (3, torch.ones(1), "bias must have shape"),
+        (4, torch.ones(3), "image_inverse must have shape"),
+        (5, torch.ones(2, 4), "text_inverse must have shape"),
+        (6, torch.ones(2, 3), "weight must have shape"),
+        (7, torch.tensor([0]), "target must have shape"),
+        (7, torch.zeros(2, dtype=torch.long, device="meta"), "target must have shape .* on cpu"),
+    ],
+)
+def test_operators_called_directly_refuse_what_does_not_fit(at, value, words):
+    arguments = [*inputs(grad=False), None, None, "exp", "dempster", 5.0, False, False]
+    arguments[at] = value
+    with pytest.raises(ValueError, match=words):
+        launch.row_sums(launch.Inputs(*arguments), True)
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of all tensors made without content, and of the largest of them; results not counted."""
+
+    def __init__(self, *results):
+        super().__init__()
+        self.results, self.total, self.largest = [list(r) for r in results], 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("empty", "new_empty") and list(out.shape) not in self.results:
+            self.total += out.nbytes
+            self.largest = max(self.largest, out.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("M", [1, 4])
+def test_the_second_paths_workspace_does_not_grow_with_classes(monkeypatch, M):
+    """Forward and backward: as stated, whatever K is, and no larger for more prompts."""
+    B, D = 8, 6
+    monkeypatch.setattr(configs, "WORKSPACE", 4 * B * 4 * 32)  # two tiles of 16 classes for four prompts
+    used = []
+    for K in (200, 400):
+        i = launch.Inputs(*inputs(B, M, K, D, grad=False), None, None, "exp", "dempster", float(K))
+        with configs.force_path("chunks"):
+            with Allocated((4, M + 1, B)) as forward:
+                _, sums = launch.row_sums(i, False)
+            with Allocated((M, K, D), (B, D)) as backward:
+                launch.gradients(i, torch.cat([sums[:3], sums]), None, None, True, True, False)
+        used.append((forward.total, forward.largest, backward.total))
+    assert used[0] == used[1]
+    assert forward.largest <= configs.WORKSPACE and backward.total <= configs.WORKSPACE + 4 * M * B * D
+
+
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, name, launches):
+        self.kernel, self.name, self.launches = kernel, name, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(self.name)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize(("K", "opinion"), [(50, ["forward"]), (70, ["forward", "finish"])])
+@needs_interpreter
+def test_few_launches_for_a_small_problem(monkeypatch, K, opinion):
+    """Shape S4: one launch when all classes fit one tile of a GPU's size, one more to reduce when they do not."""
+    launches = []
+    for name in ("forward", "finish"):
+        monkeypatch.setattr(launch, f"{name}_kernel", Counted(getattr(launch, f"{name}_kernel"), name, launches))
+    row_loss = Counted(launch_small.row_loss_kernel, "row_loss", launches)
+    monkeypatch.setattr(launch_small, "row_loss_kernel", row_loss)
+    monkeypatch.setattr(launch, "INTERPRETER", configs.default("forward", "cuda90", 2))
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(4, 512, generator=g), torch.randn(4, K, 512, generator=g)
+    mine = fused_opinion(x, t, scale=20.0, backend="triton")
+    assert launches == opinion
+    right = fused_opinion(x, t, scale=20.0, backend="reference")
+    torch.testing.assert_close(mine.log_ratio, right.log_ratio, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine.prompt_log_partition, right.prompt_log_partition, rtol=1e-5, atol=1e-5)
+    launches.clear()
+    y = torch.tensor([0, 1, 2, K - 1])
+    loss = evidential_cross_entropy(x, t, y, scale=20.0, form="mse", kl_weight=0.1, backend="triton")
+    assert launches == [*opinion, "row_loss"]
+    right = evidential_cross_entropy(x, t, y, scale=20.0, form="mse", kl_weight=0.1, backend="reference")
+    torch.testing.assert_close(loss, right, rtol=1e-5, atol=1e-5)
 
 
 def test_float64_is_refused():

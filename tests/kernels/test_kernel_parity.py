@@ -5,6 +5,9 @@ value (and the rounding of a result in half precision): a logit of 100 is known 
 and evidence is its exponential.
 """
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from cdc_kernels import launch
+from cdc_kernels import configs, launch
 
 from cdc_ops import evidential_cross_entropy, fused_opinion, fused_topk
 
@@ -23,12 +26,27 @@ ACTIVATIONS = ["exp", "softplus", "relu"]
 few = settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
+@contextlib.contextmanager
+def along(path, cut=False):
+    """Force a path; ``cut``: with so little memory that classes are taken one tile (of 16) at a time."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(configs.force_path(path))
+        if cut:
+            stack.enter_context(mock.patch.object(configs, "WORKSPACE", 16))
+            stack.enter_context(mock.patch.multiple(launch, RATIO_NUMBERS=16, PARTIAL_NUMBERS=16))
+        yield
+
+
+both_paths = pytest.mark.parametrize("path", configs.PATHS)
+
+
 class Case:
     """Random features and how they become opinions."""
 
     def __init__(
         self, B=5, M=3, K=19, D=21, *, scale=10.0, bias=True, shared=True, dtype=torch.float32, activation="exp",
         rule="dempster", prior_weight=None, normalize=True, confident=False, layout="plain", seed=0,
+        path="tiles", cut=False,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(seed)
         t = torch.randn(M, K, D, generator=g)
@@ -44,7 +62,7 @@ class Case:
             x = x.transpose(0, -1).contiguous().transpose(0, -1)
         elif layout == "expanded":
             x, t = x[:1].expand_as(x), t[:1].expand_as(t)
-        self.scale = scale
+        self.scale, self.path, self.cut = scale, path, cut
         self.product_size = 1.0 if normalize else float(x.norm(dim=-1).max() * t.norm(dim=-1).max())
         self.logit_size = scale * self.product_size
         self.inputs = [
@@ -81,7 +99,8 @@ class Case:
         """compute(inputs, backend) -> values; values and the gradients of each float value's weighted sum."""
         truth = compute(self.leaves(torch.float64), "reference")
         plain = compute(self.leaves(None), "reference")
-        mine = compute(self.leaves(None), "triton")
+        with along(self.path, self.cut):
+            mine = compute(self.leaves(None), "triton")
         for name, right, theirs, ours in zip(names, truth, plain, mine, strict=True):
             if right is None:
                 assert ours is None or float(ours.abs().max()) == 0, name
@@ -137,14 +156,19 @@ cases = st.builds(
     confident=st.booleans(),
     layout=st.sampled_from(["plain", "strided", "expanded"]),
     seed=st.integers(0, 1000),
+    path=st.sampled_from(configs.PATHS),
+    cut=st.booleans(),
 )
-CORNERS = [
-    Case(1, 1, 1, 1),
-    Case(2, 2, 1, 5, rule="weighted"),
-    Case(3, 1, 17, 16, scale=100.0, confident=True),
-    Case(4, 3, 7, 6, scale=100.0, confident=True, dtype=torch.bfloat16, shared=False),
-    Case(4, 2, 9, 5, activation="relu", bias=False, normalize=False, scale=0.0),  # evidence 0 everywhere
-]
+CORNERS = {
+    "one of each": {"B": 1, "M": 1, "K": 1, "D": 1},
+    "one class": {"B": 2, "M": 2, "K": 1, "D": 5, "rule": "weighted"},
+    "one prompt": {"B": 3, "M": 1, "K": 17, "D": 16, "scale": 100.0, "confident": True},
+    "confident": {"B": 4, "M": 3, "K": 7, "scale": 100.0, "confident": True, "dtype": torch.bfloat16, "shared": False},
+    "no evidence": {"B": 4, "M": 2, "K": 9, "activation": "relu", "bias": False, "normalize": False, "scale": 0.0},
+    # tiles of 16 classes, some of which leave linear space at the first prompt, some later, some never
+    "in and out of linear space": {"B": 20, "M": 4, "K": 40, "D": 2, "scale": 45.0, "confident": True},
+    "tiny evidence": {"B": 4, "M": 4, "K": 20, "scale": 0.1, "prior_weight": 1e30},
+}
 
 
 @few
@@ -164,38 +188,50 @@ def test_evidential_loss(case, form, kl_weight, weights):
     run_loss(case, form=form, kl_weight=kl_weight, prompt_weight=weights[0], fused_weight=weights[1])
 
 
-@pytest.mark.parametrize("case", CORNERS)
-def test_corners(case):
+@pytest.mark.parametrize("corner", CORNERS)
+@both_paths
+def test_corners(corner, path):
+    case = Case(**CORNERS[corner], path=path)
     run_opinion(case)
     run_loss(case, kl_weight=0.2)
+    run_loss(case)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_with_every_rule(activation, rule):
-    run_opinion(Case(4, 2, 17, 5, activation=activation, rule=rule))
+@both_paths
+def test_every_activation_with_every_rule(activation, rule, path):
+    run_opinion(Case(4, 2, 17, 5, activation=activation, rule=rule, path=path))
 
 
 @pytest.mark.parametrize("form", ["digamma", "log", "mse"])
-def test_every_form(form):
-    run_loss(Case(3, 2, 17, 7), form=form)
-    run_loss(Case(3, 2, 17, 7, confident=True, scale=100.0), form=form, kl_weight=0.5)
+@both_paths
+def test_every_form(form, path):
+    run_loss(Case(3, 2, 17, 7, path=path), form=form)
+    run_loss(Case(3, 2, 17, 7, confident=True, scale=100.0, path=path), form=form, kl_weight=0.5)
 
 
-def test_the_loss_takes_classes_chunk_by_chunk(monkeypatch):
-    monkeypatch.setattr(launch, "RATIO_NUMBERS", 16)
-    run_loss(Case(3, 2, 40, 5), kl_weight=0.1)
-    run_loss(Case(3, 2, 40, 5, rule="weighted", shared=False))
+@both_paths
+def test_classes_chunk_by_chunk(path):
+    run_opinion(Case(3, 2, 40, 5, path=path, cut=True))
+    run_loss(Case(3, 2, 40, 5, path=path, cut=True), kl_weight=0.1, form="mse")
+    run_loss(Case(3, 2, 40, 5, rule="weighted", shared=False, path=path, cut=True))
 
 
 @pytest.mark.parametrize("needed", [[0], [1], [2], [3], [0, 2]])
-def test_only_the_gradients_asked_for(needed):
+@both_paths
+def test_only_the_gradients_asked_for(needed, path, monkeypatch):
     case = Case(4, 2, 17, 5)
     inputs = case.inputs
     whole = case.leaves(None)
     evidential_cross_entropy(*whole[:2], case.target, scale=whole[2], bias=whole[3], backend="triton").backward()
     some = [v.detach().requires_grad_(n in needed) for n, v in enumerate(inputs)]
-    evidential_cross_entropy(*some[:2], case.target, scale=some[2], bias=some[3], backend="triton").backward()
+    made = []
+    gradients = launch.gradients
+    monkeypatch.setattr(launch, "gradients", lambda *a: made.extend(gradients(*a)) or tuple(made))
+    with along(path):
+        evidential_cross_entropy(*some[:2], case.target, scale=some[2], bias=some[3], backend="triton").backward()
+    assert [v.numel() > 0 for v in made] == [0 in needed, 1 in needed, 2 in needed or 3 in needed]
     for n, (part, all_) in enumerate(zip(some, whole, strict=True)):
         if n in needed:
             torch.testing.assert_close(part.grad, all_.grad, rtol=1e-5, atol=1e-7)
@@ -203,13 +239,14 @@ def test_only_the_gradients_asked_for(needed):
             assert part.grad is None
 
 
-@settings(max_examples=8, deadline=None)
+@few
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 40), st.data(), st.sampled_from(RULES))
 def test_fused_topk(B, M, K, data, rule):
     k = data.draw(st.integers(1, K))
     case = Case(B, M, K, 7, rule=rule, shared=data.draw(st.booleans()))
     x, t, scale, bias = case.inputs
-    mine = fused_topk(x, t, k, scale=scale, bias=bias, backend="triton", **case.options)
+    with along(data.draw(st.sampled_from(configs.PATHS)), data.draw(st.booleans())):
+        mine = fused_topk(x, t, k, scale=scale, bias=bias, backend="triton", **case.options)
     right = fused_topk(
         *(v.double() for v in (x, t)), k, scale=scale.double(), bias=bias.double(), backend="reference", **case.options
     )
@@ -218,13 +255,15 @@ def test_fused_topk(B, M, K, data, rule):
     assert (mine.classes == right.classes).float().mean() > 0.99 or rule != "dempster"
 
 
-def test_twice_is_bitwise_the_same():
-    case = Case(6, 3, 20, 9, scale=100.0)
+@both_paths
+def test_twice_is_bitwise_the_same(path):
+    case = Case(6, 3, 40, 9, scale=100.0)
 
     def once():
         x, t, scale, bias = case.leaves(None)
-        loss = evidential_cross_entropy(x, t, case.target, scale=scale, bias=bias, kl_weight=0.1, backend="triton")
-        return [loss, *torch.autograd.grad(loss, [x, t, scale, bias])]
+        with along(path, cut=True):
+            loss = evidential_cross_entropy(x, t, case.target, scale=scale, bias=bias, kl_weight=0.1, backend="triton")
+            return [loss, *torch.autograd.grad(loss, [x, t, scale, bias])]
 
     for first, second in zip(once(), once(), strict=True):
         assert torch.equal(first, second)

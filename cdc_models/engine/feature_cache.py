@@ -1,0 +1,227 @@
+"""Image features on disk, for methods whose image side does not learn: computed once, reused by every run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cdc_models.data.image_list import ImageList
+from cdc_models.data.image_loader import read_batches
+from cdc_models.data.image_report import ImageReport, SkippedImage
+from cdc_models.data.listing import DatasetError
+from cdc_models.data.transforms import Views
+from cdc_models.engine.evaluate import Features
+from cdc_models.engine.files import read_tensors, write_tensors
+from cdc_models.methods.base import Method
+
+__all__ = ["CachedFeatures", "FeatureLoader", "cache_features"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CachedFeatures:
+    """Image features of N images under V random draws of their transform.
+
+    Attributes:
+        image: [V, N, D], or [V, N, M, D] where every template has its own augmentation.
+        targets: int64 [N].
+        report: the images that could not be read, and are not among the N.
+        computed: how many of its shards were computed now; the others came from the disk.
+        damaged: files that were not what they should be, and were computed again.
+    """
+
+    image: Tensor
+    targets: Tensor
+    report: ImageReport
+    computed: int
+    damaged: tuple[str, ...] = ()
+
+    def features(self, draw: int = 0) -> Features:
+        """One draw, for `evaluate` and `calibrate`."""
+        return Features(self.image[draw], self.targets)
+
+
+class FeatureLoader:
+    """Batches (features [B, D] or [B, M, D], targets [B]) for `fit`: shuffled, each image under one of its V draws.
+
+    Order and draws follow from the state of `generator`, so that checkpoints of `fit` resume to the same bits.
+
+    Raises:
+        ValueError: for a batch size below 1.
+
+    Example:
+        >>> cached = CachedFeatures(torch.zeros(2, 5, 8), torch.zeros(5, dtype=torch.long), ImageReport(5), 0)
+        >>> [tuple(x.shape) for x, _ in FeatureLoader(cached, batch_size=3, seed=1)]
+        [(3, 8), (2, 8)]
+    """
+
+    def __init__(self, cached: CachedFeatures, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        self.cached, self.batch_size = cached, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return -(-len(self.cached.targets) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        draws, images = self.cached.image.shape[:2]
+        order = torch.randperm(images, generator=self.generator)
+        draw = torch.randint(draws, (images,), generator=self.generator)
+        return self._batches(order, draw)
+
+    def _batches(self, order: Tensor, draw: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in order.split(self.batch_size):
+            yield self.cached.image[draw[rows], rows], self.cached.targets[rows]
+
+
+def cache_features(
+    model: Method,
+    images: ImageList,
+    folder: str | os.PathLike[str],
+    *,
+    draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    shard: int = 1024,
+    progress: bool = True,
+) -> CachedFeatures:
+    """Image features of a list of images, from the folder where they are there already.
+
+    One safetensors file holds a shard of images under one draw. Its name is a hash of everything that its content
+    follows from: the backbone's weights and dtype, the method's views, the transform as it prints itself, seed and
+    draw, and of each image the path, size and time of last change. So a file of anything else is never found, let
+    alone used; one that is damaged is noticed by its own hash and computed again. Delete the folder to get its space
+    back.
+
+    Args:
+        model: a method whose image side does not learn (ZeroShot, CoOp, CDC without image prompts).
+        images: with a transform; a transform that prints an address, as a lambda does, is never found again.
+        folder: of the cache; made if it is not there.
+        draws: V, how often a random transform is drawn for each image.
+        seed: of these draws.
+        batch_size, num_workers: for reading and encoding.
+        shard: images in a file.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for a method whose image side learns, a list that is empty or without transform, counts below 1.
+        DatasetError: if not one image can be read.
+        OSError: if the folder cannot be written.
+    """
+    if not model.frozen_image:
+        raise ValueError(f"model: {type(model).__name__} learns on its image side; its features change at every step")
+    if images.transform is None:
+        raise ValueError(
+            "images: expected a list with a transform, such as images.with_transform(test_transform(clip))"
+        )
+    if min(draws, batch_size, shard) < 1:
+        raise ValueError(f"draws, batch_size, shard: expected at least 1, got {draws}, {batch_size}, {shard}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = ImageReport(len(images))
+    computed, damaged, stacked = 0, [], []
+    pieces = [range(start, min(start + shard, len(images))) for start in range(0, len(images), shard)]
+    with Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("image features", total=len(pieces) * draws)
+        for draw in range(draws):
+            found = []
+            for rows in pieces:
+                path = folder / f"{_key(model, images, rows, seed, draw)}.safetensors"
+                try:
+                    tensors, skipped = _read(path)
+                except FileNotFoundError:
+                    tensors, skipped = _compute(model, images, rows, seed, draw, batch_size, num_workers, path)
+                    computed += 1
+                except ValueError:
+                    damaged.append(str(path))
+                    tensors, skipped = _compute(model, images, rows, seed, draw, batch_size, num_workers, path)
+                    computed += 1
+                found.append((tensors["image"].float(), tensors["rows"]))
+                for image in skipped if draw == 0 else ():
+                    report.add(image)
+                bar.advance(task)
+            kept = torch.cat([rows for _, rows in found])
+            if len(kept) == 0:
+                raise DatasetError(f"no image can be read: {report}; the first is {report.skipped[0]}")
+            stacked.append(torch.cat([features for features, _ in found]))
+    return CachedFeatures(torch.stack(stacked), images.targets[kept], report, computed, tuple(damaged))
+
+
+def _key(model: Method, images: ImageList, rows: Sequence[int], seed: int, draw: int) -> str:
+    files = []
+    for row in rows:
+        try:
+            stat = os.stat(images.path(row))
+            files.append([images.paths[row], stat.st_size, stat.st_mtime_ns])
+        except OSError:
+            files.append([images.paths[row], None, None])
+    views = None if model.views is None else model.views.names
+    encoder = [model.backbone.fingerprint, str(model.backbone.dtype), views]
+    facts = [FORMAT, encoder, repr(images.transform), images.orient, seed, draw, rows[0], str(images.root), files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], list[SkippedImage]]:
+    if not path.exists():
+        raise FileNotFoundError(path)
+    tensors, metadata = read_tensors(path)
+    if metadata.get("key") != path.stem or set(tensors) != {"image", "rows"}:
+        raise ValueError(f"{path} is not the file that it is called")
+    return tensors, [SkippedImage(**each) for each in json.loads(metadata["skipped"])]
+
+
+@torch.no_grad()
+def _compute(
+    model: Method, images: ImageList, rows: range, seed: int, draw: int, batch_size: int, num_workers: int, path: Path
+) -> tuple[dict[str, Tensor], list[SkippedImage]]:
+    features, kept, skipped = [], [], []
+    # every image of every draw has its own seed, whatever the batch and the number of workers
+    first = (seed * 1_000_003 + draw) * 2**31
+    numbered = _Numbered(images.with_transform(_Viewed(images.transform, model.views)))
+    for batch, left_out in read_batches(numbered, rows, batch_size, num_workers, first):
+        skipped += left_out
+        if batch is not None:
+            features.append(model.image_features(batch[0].to(model.backbone.device)).cpu())
+            kept.append(batch[1])
+    empty = torch.empty(0, model.backbone.embed_dim)
+    tensors = {"image": torch.cat(features or [empty]), "rows": torch.cat(kept or [torch.empty(0, dtype=torch.long)])}
+    told = [{"path": s.path, "reason": s.reason, "detail": s.detail} for s in skipped]
+    write_tensors(path, tensors, {"key": path.stem, "skipped": json.dumps(told)})
+    return tensors, skipped
+
+
+class _Viewed:
+    """A transform, and then what each template makes of its result: [3, H, W] or [M, 3, H, W]."""
+
+    def __init__(self, transform: Any, views: Views | None) -> None:
+        self.transform, self.views = transform, views
+
+    def __call__(self, image: Any) -> Tensor:
+        x = self.transform(image)
+        return x if self.views is None else self.views.cpu()(x.unsqueeze(0)).squeeze(0)
+
+
+class _Numbered(Dataset[tuple[Any, int]]):
+    """The images with their place in the list instead of their label."""
+
+    def __init__(self, images: ImageList) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.images[index][0], index
