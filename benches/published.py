@@ -11,6 +11,7 @@ from itertools import combinations
 
 import torch
 import torch.nn.functional as F
+from pairwise import pairwise_dempster
 from torch import Tensor
 
 from cdc_models.clip import ClipBackbone
@@ -65,18 +66,6 @@ def image_features(model: Method, images: Tensor) -> Tensor:
     views = images.unsqueeze(1) if images.ndim == 4 else images
     prompts = zip(views.unbind(1), *model.prompts.image(), strict=True)
     return torch.stack([image_tower(model.backbone, view, *prompt) for view, *prompt in prompts], 1)
-
-
-def pairwise_dempster(first: Tensor, second: Tensor) -> Tensor:
-    """Dempster's rule on the Dirichlet parameters [B, K] of two opinions, by their table of products [B, K, K]."""
-    K = first.shape[-1]
-    s1, s2 = first.sum(-1, keepdim=True), second.sum(-1, keepdim=True)
-    b1, b2, u1, u2 = (first - 1) / s1, (second - 1) / s2, K / s1, K / s2
-    products = b1.unsqueeze(2) @ b2.unsqueeze(1)
-    conflict = products.sum((1, 2)) - torch.diagonal(products, dim1=1, dim2=2).sum(-1)
-    agreement = (1 - conflict).unsqueeze(-1)
-    b, u = (b1 * b2 + b1 * u2 + b2 * u1) / agreement, u1 * u2 / agreement
-    return b * (K / u) + 1
 
 
 def objective(model: Method, image: Tensor, text: Tensor, targets: Tensor) -> Tensor:
