@@ -64,10 +64,16 @@ def demo(
         raise ValueError(f"task: expected one of {TASKS}, got {task!r}")
     if partition not in ("test", "validation"):
         raise ValueError(f"partition: expected 'test' or 'validation', got {partition!r}")
-    if not 1 <= splits <= (5 if partition == "test" else 2) or seeds < 1:
-        raise ValueError(f"splits, seeds: expected 1 to 5 splits (validation: 2) and seeds >= 1, got {splits}, {seeds}")
+    if not 1 <= splits <= (5 if partition == "test" else 2) or not 1 <= seeds <= 100:
+        raise ValueError(
+            f"splits, seeds: expected 1 to 5 splits (validation: 2) and 1 to 100 seeds, got {splits}, {seeds}"
+        )
     settings = ABLATIONS if ablation else SETTINGS
+    if shots < 1:
+        raise ValueError(f"shots: expected at least 1, got {shots}")
     if methods is not None:
+        if not methods:
+            raise ValueError(f"methods: expected some of {list(settings)}, got none")
         if unknown := sorted(set(methods) - set(settings)):
             raise ValueError(f"methods: unknown {unknown}; known are {list(settings)}")
         settings = {label: settings[label] for label in methods}
@@ -80,7 +86,10 @@ def demo(
     started = time.perf_counter()
     backbone = load_clip("bundled")
     runs = [Run(split, split * seeds + i + 1, task, partition, shots) for split in range(splits) for i in range(seeds)]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.jsonl").open("a").close()  # a place that cannot be written is found out now, not after a run
     results = Results(out / "results.jsonl", backbone.fingerprint)
+    resumed = sum(results.get(label, s, run) is not None for run in runs for label, s in settings.items())
     columns = (
         TextColumn("{task.description:46s}"),
         BarColumn(),
@@ -115,18 +124,18 @@ def demo(
         "settings": {label: asdict(setting) for label, setting in settings.items()},
         "rows": report.summarise(rows, reference),
         "seconds": time.perf_counter() - started,
+        "runs_taken_from_an_earlier_call": resumed,
     }
     table, markdown = report.tables(summary["rows"], reference, summary["title"])
     console.print(table)
     console.print(
         "base, new, H: accuracy in %, ± deviation over runs.  H − …: paired by class split, ± 95 % interval.  "
         "ECE: calibration error on base classes, before and after fitting one temperature on 4 further "
-        "shots a class.  AURC: risk over coverage, least probable answers refused first; lower is better.  AUROC: "
-        "images of new classes shown to the base classifier, told from base images by largest probability, and by "
-        "the method's own uncertainty (CDC: vacuity).",
+        "shots a class.  AURC: risk over coverage, lower is better, and AUROC: images of new classes shown to the base "
+        "classifier told from base images; both by largest probability, and by the method's own uncertainty (CDC: "
+        "vacuity).",
         style="dim",
     )
-    out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (out / "table.md").write_text(markdown + "\n")
     pictures = [out / "accuracy.png", out / "reliability.png", out / "coverage.png"]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from cdc_models.experiment import FIGURES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -21,21 +23,6 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 # Okabe and Ito's colour-blind safe palette.
 COLOURS = ("#999999", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442", "#000000")
-
-_MEANS = (
-    "base",
-    "new",
-    "H",
-    "ece_base",
-    "ece_new",
-    "aurc_base",
-    "aurc_uncertainty_base",
-    "unknown_auroc",
-    "unknown_auroc_prob",
-    "uncertainty_right",
-    "uncertainty_wrong",
-    "seconds_train",
-)
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -78,7 +65,7 @@ def summarise(rows: Sequence[dict[str, Any]], reference: str) -> dict[str, dict[
         labels[row["label"]].append(row)
     summary = {}
     for label, own in labels.items():
-        figures: dict[str, Any] = {name: fmean(r[name] for r in own) for name in _MEANS}
+        figures: dict[str, Any] = {name: fmean(r[name] for r in own) for name in FIGURES}
         figures["ece_base_uncalibrated"] = fmean(r["uncalibrated"]["ece_base"] for r in own)
         for name in ("base", "new", "H"):
             figures[f"{name}_std"] = stdev([r[name] for r in own]) if len(own) > 1 else math.nan
@@ -104,7 +91,8 @@ def tables(summary: dict[str, dict[str, Any]], reference: str, title: str) -> tu
         f"H − {reference}",
         "ECE raw",
         "ECE fitted",
-        "AURC",
+        "AURC prob.",
+        "AURC unc.",
         "AUROC prob.",
         "AUROC unc.",
         "train s",
@@ -124,6 +112,7 @@ def tables(summary: dict[str, dict[str, Any]], reference: str, title: str) -> tu
                 _percent(s["ece_base_uncalibrated"]),
                 _percent(s["ece_base"]),
                 _percent(s["aurc_base"]),
+                _percent(s["aurc_uncertainty_base"]),
                 _percent(s["unknown_auroc_prob"]),
                 _percent(s["unknown_auroc"]),
                 f"{s['seconds_train']:.1f}",

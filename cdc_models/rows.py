@@ -31,7 +31,7 @@ class Rows:
         self.rows: dict[str, dict[str, Any]] = {}
         self._cut_off = False  # an interruption may have left the last line without its end
         if path.exists():
-            text = path.read_text()
+            text = path.read_text(errors="replace")  # a damaged line is left out, too
             self._cut_off = bool(text) and not text.endswith("\n")
             for line in text.splitlines():
                 try:

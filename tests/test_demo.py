@@ -2,13 +2,15 @@
 
 import json
 import math
+from inspect import signature
 
 import pytest
 from PIL import Image
 
 from cdc_models import report
 from cdc_models.cli import main
-from cdc_models.experiment import ABLATIONS, SETTINGS, Results, Run, Setting
+from cdc_models.experiment import ABLATIONS, FIGURES, SETTINGS, Results, Run, Setting
+from cdc_models.methods import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +51,22 @@ def test_a_second_call_goes_on_from_the_first(out, capsys):
 
 def test_another_setting_or_backbone_is_another_run(tmp_path):
     results = Results(tmp_path / "r.jsonl", "a" * 64)
-    results.keep("x", Setting("coop", lr=0.1), Run(0, 1), {"base": 0.5})
+    figures = dict.fromkeys(FIGURES, 0.5) | {"uncalibrated": {"ece_base": 0.1}, "curves": {"base": {}, "new": {}}}
+    results.keep("x", Setting("coop", lr=0.1), Run(0, 1), figures)
     assert results.get("x", Setting("coop", lr=0.1), Run(0, 1)) is not None
     assert results.get("x", Setting("coop", lr=0.2), Run(0, 1)) is None
     assert results.get("x", Setting("coop", lr=0.1), Run(0, 2)) is None
+    assert results.get("x", Setting("coop", {"words": "a photo of a"}, lr=0.1), Run(0, 1)) is not None  # the default
     assert Results(tmp_path / "r.jsonl", "b" * 64).get("x", Setting("coop", lr=0.1), Run(0, 1)) is None
+
+
+@pytest.mark.parametrize("damage", [{"base": None}, {"base": math.nan}, {"uncalibrated": {}}, {"curves": {}}])
+def test_a_row_without_its_figures_is_another_run(damage, tmp_path):
+    figures = dict.fromkeys(FIGURES, 0.5) | {"uncalibrated": {"ece_base": 0.1}, "curves": {"base": {}, "new": {}}}
+    results = Results(tmp_path / "r.jsonl", "a" * 64)
+    results.keep("x", Setting("coop"), Run(0, 1), figures | damage)
+    (tmp_path / "r.jsonl").write_bytes((tmp_path / "r.jsonl").read_bytes() + b"\xff\xfe no text\n")
+    assert Results(tmp_path / "r.jsonl", "a" * 64).get("x", Setting("coop"), Run(0, 1)) is None
 
 
 @pytest.mark.parametrize(
@@ -65,6 +78,9 @@ def test_another_setting_or_backbone_is_another_run(tmp_path):
         ("--partition=train", "partition"),
         ("--workers=-1", "workers"),
         ("--seeds=0", "seeds"),
+        ("--seeds=1000", "seeds"),
+        ("--shots=0", "shots"),
+        ("--methods=[]", "methods: expected some of"),
     ],
 )
 def test_bad_arguments_are_one_sentence(argument, message, tmp_path, capsys):
@@ -76,12 +92,34 @@ def test_bad_arguments_are_one_sentence(argument, message, tmp_path, capsys):
     assert stop.value.code == 2 and re.search(message, error) and "Traceback" not in error
 
 
+def test_a_place_that_cannot_be_written_is_found_out_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cdc_models.demo.compare", lambda *_, **__: pytest.fail("worked before it looked"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", f"--out={tmp_path / 'file'}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and str(tmp_path / "file") in error and "Traceback" not in error
+
+
 def test_every_ablation_changes_one_part():
     whole = SETTINGS["CDC"]
+    defaults = {n: p.default for n, p in signature(METHODS["cdc"]).parameters.items()}
+    options = defaults | whole.options
+    changes = {}
     for label, setting in ABLATIONS.items():
-        changed = {k for k in setting.options if k not in whole.options or setting.options[k] != whole.options[k]}
-        assert (label == "CDC") == (not changed), label
+        changes[label] = {k: v for k, v in setting.options.items() if v != options[k]}
         assert (setting.epochs, setting.lr, setting.batch) == (whole.epochs, whole.lr, whole.batch)
+    assert changes == {
+        "CDC": {},
+        "one template": {"n_templates": 1, "views": ["none"]},  # one view for one template
+        "no views": {"views": None},
+        "no decoupling loss": {"weight_de": 0.0},
+        "no consistency loss": {"weight_con": 0.0},
+        "no trusted classification": {"trusted": False},
+        "no evidence head": {"evidence_head": False},
+        "no image prompts": {"image_prompts": False},
+        "averaging, not Dempster": {"rule": "averaging"},
+    }
 
 
 def rows_of(values):
