@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
+from inspect import Parameter, signature
+from math import isfinite
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -56,10 +58,27 @@ class Run:
 SETTINGS: dict[str, Setting] = {
     "zero-shot": Setting("zero_shot"),
     "zero-shot, 7 templates": Setting("zero_shot", {"templates": list(ENSEMBLE)}),
-    "CoOp": Setting("coop", {"n_ctx": 4}, epochs=12, lr=0.03),
-    "MaPLe": Setting("maple", {"depth": 3}, epochs=12, lr=0.03),
+    "CoOp": Setting("coop", {"n_ctx": 4}, epochs=12, lr=0.01),
+    "MaPLe": Setting("maple", {"depth": 3}, epochs=12, lr=0.01),
     "CDC": Setting("cdc", {"depth": 3}, epochs=12, lr=0.01),
 }
+
+
+# What the tables show of a run.
+FIGURES = (
+    "base",
+    "new",
+    "H",
+    "ece_base",
+    "ece_new",
+    "aurc_base",
+    "aurc_uncertainty_base",
+    "unknown_auroc",
+    "unknown_auroc_prob",
+    "uncertainty_right",
+    "uncertainty_wrong",
+    "seconds_train",
+)
 
 
 def _without(**changes: Any) -> Setting:
@@ -183,7 +202,7 @@ def curves(evaluation: Evaluation, bins: int = 15, points: int = 20) -> dict[str
 class Results(Rows):
     """Finished runs of a comparison.
 
-    A result counts as done only for the same setting, run and weights.
+    A result counts as done only for the same setting with the same defaults, the same run and the same weights.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -191,15 +210,24 @@ class Results(Rows):
         self.fingerprint = fingerprint
 
     def key(self, setting: Setting, run: Run) -> str:
-        return json.dumps([self.fingerprint[:16], asdict(setting), asdict(run)], sort_keys=True)
+        method = signature(METHODS[setting.method]).parameters
+        defaults = {name: p.default for name, p in method.items() if p.default is not Parameter.empty}
+        facts = {**asdict(setting), "options": {**defaults, **setting.options}}
+        return json.dumps([self.fingerprint[:16], facts, asdict(run)], sort_keys=True)
 
     def get(self, label: str, setting: Setting, run: Run) -> dict[str, Any] | None:
         row = self.rows.get(self.key(setting, run))
-        return None if row is None else {**row, "label": label}
+        return {**row, "label": label} if row is not None and _complete(row) else None
 
     def keep(self, label: str, setting: Setting, run: Run, result: dict[str, Any]) -> None:
         row = {"key": self.key(setting, run), "label": label, "run": asdict(run), "setting": asdict(setting), **result}
         self.add(row)
+
+
+def _complete(row: dict[str, Any]) -> bool:
+    """Whether a row has every figure of a table, and each is a number."""
+    figures = [row.get(name) for name in FIGURES] + [row.get("uncalibrated", {}).get("ece_base")]
+    return all(isinstance(x, float) and isfinite(x) for x in figures) and {"base", "new"} <= set(row.get("curves", ()))
 
 
 _worker_backbone: ClipBackbone | None = None
