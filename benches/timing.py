@@ -5,25 +5,30 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 Call = Callable[[], Iterable[Tensor]]
 
 #: Below this a CPU call is repeated within one measurement, so that the clock's own cost does not show.
 SHORTEST = 2e-3
-#: Rounds that every call takes part in, and the most there are.
-ROUNDS = 5, 100
+#: The most rounds there are.
+MOST_ROUNDS = 100
 
 
-def time_interleaved(calls: dict[str, Call], device: str, seconds: float, wall: bool = False) -> dict[str, list[float]]:
-    """Milliseconds of every call, round by round: all calls once, then all again, in turned order, for ``seconds``.
+def time_interleaved(
+    calls: dict[str, Call], device: str, seconds: float, rounds: int = 5, wall: bool = False
+) -> dict[str, list[float]]:
+    """Milliseconds of every call, round by round: all calls once, then all again, in turned order, for ``seconds``
+    and at least ``rounds``.
 
     What disturbs the machine disturbs neighbours in a round alike, so ratios are taken within rounds. Calls that
-    would use up the time by themselves only take part in the first rounds. The calls must have run before: nothing
+    would use up the time by themselves only take part in those first rounds. The calls must have run before: nothing
     warms up here but the first, discarded round.
 
     On a GPU each measurement is the time between two events around the call, after the L2 cache was flushed by
@@ -33,17 +38,17 @@ def time_interleaved(calls: dict[str, Call], device: str, seconds: float, wall: 
     clock = gpu_clock if device == "cuda" and not wall else wall_clock
     gc.collect()
     first = {name: clock(call, device) for name, call in calls.items()}  # also tells how long each takes
-    slow = {name for name, ms in first.items() if ms / 1e3 > seconds / (2 * ROUNDS[0])}
+    slow = {name for name, ms in first.items() if ms / 1e3 > seconds / (2 * rounds)}
     repeats = {name: 1 if device == "cuda" else max(1, int(SHORTEST * 1e3 / ms)) for name, ms in first.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
     names, started = list(calls), time.perf_counter()
-    for number in range(ROUNDS[1]):
+    for number in range(MOST_ROUNDS):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            if name in slow and number >= ROUNDS[0]:
+            if name in slow and number >= rounds:
                 continue
             taken[name].append(clock(calls[name], device, repeats[name]))
-        if number + 1 >= ROUNDS[0] and (time.perf_counter() - started > seconds or len(slow) == len(names)):
+        if number + 1 >= rounds and (time.perf_counter() - started > seconds or len(slow) == len(names)):
             break
     return taken
 
@@ -85,37 +90,54 @@ def ratios(times: list[float], baseline: list[float]) -> float:
     return median(a / b for a, b in zip(times, baseline, strict=False))
 
 
-def peak_memory(call: Call, device: str) -> tuple[int, int]:
-    """Most bytes a call held at once beyond what existed before it, and bytes of what it returns.
+def peak_memory(calls: dict[str, Call], device: str) -> dict[str, tuple[int, int]]:
+    """Of each call: most bytes it held at once beyond what existed before it, and bytes of what it returns.
 
     On a GPU the allocator's own statistics. On a CPU every allocation and release of PyTorch's allocator, as the
     profiler records them, summed in order of time: exact, temporaries inside an operator and compiled code
     included; scratch space that a matrix library allocates for itself is not seen.
     """
-    gc.collect()
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        results = list(call())
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            results = list(call())
-        peak = peak_of(recorded)
-    return peak, sum(x.numel() * x.element_size() for x in results)
-
-
-def peak_of(recorded: profile) -> int:
-    """Peak of the running sum of allocations in a CPU profile."""
+        return {name: gpu_peak(call) for name, call in calls.items()}
+    kept = {}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        for name, call in calls.items():
+            gc.collect()
+            with record_function(MARK + name):
+                kept[name] = size_of(call())
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    peaks = peaks_of(recorded.profiler.kineto_results.events())
+    return {name: (peaks[name], kept[name]) for name in calls}
+
+
+def gpu_peak(call: Call) -> tuple[int, int]:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = size_of(call())
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, kept
+
+
+def size_of(results: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in results)
+
+
+#: What marks a call in a profile.
+MARK = "peak memory of "
+
+
+def peaks_of(events: Iterable[Any]) -> dict[str, int]:
+    """Peak of the running sum of allocations within each marked call of a CPU profile."""
+    events = sorted(events, key=lambda e: e.start_ns())
+    memory = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    peaks = {}
+    for mark in events:
+        if mark.name().startswith(MARK):
+            sizes = [n for at, n in memory if mark.start_ns() <= at <= mark.start_ns() + mark.duration_ns()]
+            peaks[mark.name().removeprefix(MARK)] = max(accumulate(sizes), default=0)
+    return peaks
 
 
 def launches(call: Call) -> int | None:

@@ -1,0 +1,93 @@
+"""The report of the benches runs end to end, without a GPU too: it cannot rot between measurements."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import report
+import targets
+import torch
+from timing import peak_memory, time_interleaved
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--device", "cpu", "--tiny", "--no-compile"]
+
+
+def rows_of(folder):
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return {(r["shape"], r["operation"], r["way"]): r for line in lines for r in line.get("rows", [])}
+
+
+def test_the_command_measures_the_kernels_in_the_interpreter(tmp_path):
+    command = [sys.executable, "benches/report.py", "--device", "interpreter", "--shapes", "S1", "--out", str(tmp_path)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    ways = ["--ways", "bare product", "triton, tiles", "triton, chunks"]
+    subprocess.run([*command, *ways], cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True)
+    rows = rows_of(tmp_path)
+    for operation in ("opinion", "loss gradients"):
+        for path in ("tiles", "chunks"):
+            row = rows["S1", operation, f"triton, {path}"]
+            assert row["ms"] and row["error"] < 1e-5 and row["peak"] >= row["kept"] > 0
+    assert (tmp_path / "roofline.png").stat().st_size > 10_000
+    assert "triton, chunks" in (tmp_path / "table.md").read_text()
+
+
+def test_a_killed_report_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    out = ["--out", str(tmp_path)]
+    report.main([*TINY, "--shapes", "S1", *out])
+    first = (tmp_path / "results.jsonl").read_text()
+    capsys.readouterr()
+    report.main([*TINY, "--shapes", "S1", "S6", *out])
+    assert capsys.readouterr().out.count("measured before") == 2
+    assert (tmp_path / "results.jsonl").read_text().startswith(first)
+    table = (tmp_path / "table.md").read_text()
+    assert all(name in table for name in ("S1:", "S6:", "blocked", "pairwise", "linear_cross_entropy", "Not measured"))
+    monkeypatch.setattr(report, "code_version", lambda: "another")
+    report.main([*TINY, "--shapes", "S6", *out])
+    assert "measured before" not in capsys.readouterr().out
+    assert ("S1", "opinion", "blocked") not in rows_of(tmp_path)  # of other code
+
+
+def test_wrong_numbers_are_not_timed(tmp_path, monkeypatch):
+    wrong = tuple(torch.zeros(size) for size in ((4, 40), 4, (4, 2)))
+    monkeypatch.setattr("ways.closed_form", lambda *_: wrong)
+    report.main([*TINY, "--shapes", "S1", "--out", str(tmp_path)])
+    row = rows_of(tmp_path)["S1", "opinion", "eager"]
+    assert row["ms"] == [] and row["why"].startswith("off by 1.0e+00")
+    monkeypatch.setattr("ways.our_opinion", lambda backend: lambda *_: wrong)
+    monkeypatch.setattr("report.truth", lambda *_: [torch.ones_like(x).double() for x in wrong])
+    with pytest.raises(SystemExit, match="S4 opinion: reference is off by 1"):
+        report.main([*TINY, "--shapes", "S4", "--out", str(tmp_path)])
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def call():
+        a = torch.ones(1000)
+        b = a + 1
+        del a
+        return (b * 2,)
+
+    measured = peak_memory({"two at once": call, "one": lambda: (torch.ones(1000),)}, "cpu")
+    assert measured["one"] == (4000, 4000)
+    peak, kept = measured["two at once"]
+    assert 8000 <= peak <= 8100 and kept == 4000  # a number in an expression is a tensor for a moment
+
+
+def test_every_call_is_timed_in_every_round():
+    calls = {"a": lambda: (), "b": lambda: ()}
+    taken = time_interleaved(calls, "cpu", seconds=0.0, rounds=3)
+    assert [len(taken[name]) for name in calls] == [3, 3]
+
+
+def test_targets_are_judged_by_the_best_of_each_side():
+    def row(way, median, peak):
+        times = {"median": median, "ms": [median] * 3}
+        return {"shape": "S1", "operation": "opinion", "way": way, "peak": peak, "kept": 0, **times}
+
+    rows = [row("bare product", 2.0, 10), row("eager", 6.0, 100), row("blocked", 2.4, 20), row("pairwise", 30.0, 1000)]
+    lines = targets.judged(rows, "cpu")
+    assert [line.rsplit("| ", 1)[1] for line in lines[2:]] == ["met |", "met |", "**missed** |", "met |"]
+    assert targets.judged(rows, "interpreter") == []
