@@ -29,6 +29,18 @@ def _learned_state(model: Method) -> dict[str, torch.Tensor]:
     return {n: t for n, t in model.state_dict().items() if not n.startswith("backbone.")}
 
 
+def _kinds(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {n: f"{list(t.shape)} {t.dtype}" for n, t in sorted(tensors.items())}
+
+
+def _check_sizes(options: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError for a size that no stored tensor has, before memory is taken for it."""
+    stored = {size for t in tensors.values() if t.numel() for size in t.shape}
+    for name in ("n_ctx", "n_templates"):
+        if name in options and options[name] not in stored:
+            raise ValueError(f"{name}: no stored tensor has the size {options[name]!r}")
+
+
 def _library_version() -> str:
     try:
         return version("cdc-ops")
@@ -94,7 +106,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
     try:
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = read_tensors(path, need_hash=False)  # early versions wrote none
     except ValueError as error:
         raise AdapterError(str(error)) from error
     missing = [k for k in ("format", "method", "options", "fingerprint", "classes", "backbone") if k not in metadata]
@@ -134,14 +146,14 @@ def load_adapter(
             f"{backbone.name} (weights: {backbone.pretrained}), hash {backbone.fingerprint[:12]}"
         )
     try:
+        _check_sizes(options, tensors)
         model = METHODS[metadata["method"]](backbone, trained_on, **options)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever options that are anything at all may lead to
         raise AdapterError(f"{path} has options or classes that this library refuses: {error}") from error
     expected = _learned_state(model)
-    shapes = {n: tuple(t.shape) for n, t in expected.items()}
-    found = {n: tuple(t.shape) for n, t in tensors.items()}
-    if shapes != found:
-        raise AdapterError(f"{path} holds tensors {found}, its options ask for {shapes}")
+    wanted, found = _kinds(expected), _kinds(tensors)
+    if wanted != found:
+        raise AdapterError(f"{path} holds tensors {found}, its options ask for {wanted}")
     if bad := [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]:
         raise AdapterError(f"{path} holds values that are not finite in {', '.join(bad)}")
     model.load_state_dict(tensors, strict=False)

@@ -22,7 +22,7 @@ from cdc_models.methods.base import Method
 
 __all__ = ["Checkpoint", "CheckpointError", "Position", "Randomness"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
@@ -45,6 +45,14 @@ class Position:
     losses: list[float] = field(default_factory=list)
     total: float = 0.0
     seen: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {"epoch": self.epoch, "batch": self.batch, "steps": self.steps, "seen": self.seen}
+        if wrong := {n: c for n, c in counts.items() if type(c) is not int or c < 0}:
+            raise ValueError(f"position: expected counts >= 0, got {wrong}")
+        numbers = [self.total, *self.losses] if isinstance(self.losses, list) else [None]
+        if len(numbers) != self.epoch + 1 or not all(type(x) in (int, float) for x in numbers):
+            raise ValueError(f"position: expected a total and a loss of each of {self.epoch} epochs, got {self}")
 
     def end_epoch(self) -> float:
         """Move to the next epoch; the mean loss of the one that ended."""
@@ -80,21 +88,57 @@ class Randomness:
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
+    def check(self, states: dict[str, Tensor]) -> None:
+        """Raise an exception unless :meth:`write` can put these states back; nothing is changed.
+
+        A GPU's state may be missing or left over: a run may go on on another device.
+        """
+        expected = self.read()
+        # Between two numbers of a pair that Python's gauss draws, one is kept; else none is.
+        pair = states.get("python_gauss")
+        if pair is not None and pair.shape in ((0,), (1,)):
+            expected["python_gauss"] = torch.empty(pair.shape, dtype=torch.float64)
+        if "cuda" not in states or self.device is None:
+            expected.pop("cuda", None)
+            states = {name: state for name, state in states.items() if name != "cuda"}
+        _check_like(states, expected)
+        torch.Generator().set_state(states["torch"])
+        random.Random().setstate(_python_state(states))
+        np.random.RandomState().set_state(_numpy_state(states))
+        for i, generator in enumerate(self.generators):
+            torch.Generator(generator.device).set_state(states[f"loader{i}"])
+
     def write(self, states: dict[str, Tensor]) -> None:
         """Put states back that :meth:`read` gave."""
         torch.set_rng_state(states["torch"])
-        version, *words = states["python"].tolist()
-        random.setstate(
-            (version, tuple(words), states["python_gauss"].tolist()[0] if len(states["python_gauss"]) else None)
-        )
-        *keys, position, has_gauss = states["numpy"].tolist()
-        cached = states["numpy_gauss"].item()
-        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        random.setstate(_python_state(states))
+        np.random.set_state(_numpy_state(states))
         for i, generator in enumerate(self.generators):
-            if f"loader{i}" in states:
-                generator.set_state(states[f"loader{i}"])
+            generator.set_state(states[f"loader{i}"])
         if self.device is not None and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self.device)
+
+
+def _python_state(states: dict[str, Tensor]) -> tuple[Any, ...]:
+    version, *words = states["python"].tolist()
+    return version, tuple(words), states["python_gauss"].tolist()[0] if len(states["python_gauss"]) else None
+
+
+def _numpy_state(states: dict[str, Tensor]) -> tuple[Any, ...]:
+    *keys, position, has_gauss = states["numpy"].tolist()
+    return "MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, states["numpy_gauss"].item()
+
+
+def _check_like(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the tensors have the names, shapes and dtypes of those expected."""
+
+    def kind(t: Tensor | None) -> str:
+        return "missing" if t is None else f"{t.dtype} {list(t.shape)}"
+
+    for name in sorted(tensors.keys() | expected.keys()):
+        there, here = kind(tensors.get(name)), kind(expected.get(name))
+        if there != here:
+            raise ValueError(f"{name} is {there}, expected {here if name in expected else 'no such tensor'}")
 
 
 class Checkpoint:
@@ -132,7 +176,12 @@ class Checkpoint:
                     tensors[f"optimizer.{key}.{name}"] = value
         tensors |= {f"now.{name}": state for name, state in self.randomness.read().items()}
         tensors |= {f"epoch_start.{name}": state for name, state in epoch_start.items()}
-        metadata = {"run": json.dumps(self.run), "position": json.dumps(asdict(position))}
+        metadata = {
+            "run": json.dumps(self.run),
+            "position": json.dumps(asdict(position)),
+            # a parameter has state once it had a gradient: what is to be there cannot be told from the model
+            "optimizer": json.dumps([name for name in tensors if name.startswith("optimizer.")]),
+        }
         write_tensors(self.path, tensors, metadata)
 
     def load(self) -> tuple[Position, dict[str, Tensor], dict[str, Tensor]] | None:
@@ -148,10 +197,9 @@ class Checkpoint:
         try:
             tensors, metadata = read_tensors(self.path)
             run, position = json.loads(metadata["run"]), Position(**json.loads(metadata["position"]))
+            optimizer_names = json.loads(metadata["optimizer"]) if run["format"] == FORMAT else []
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"checkpoint: {self.path} cannot be used: {error}; delete it to start over, or give another path"
-            ) from error
+            raise self._unusable(error) from error
         expected = json.loads(json.dumps(self.run))
         if differences := [key for key in {**expected, **run} if expected.get(key) != run.get(key)]:
             told = "; ".join(f"{k}: {_short(run.get(k))} there, {_short(expected.get(k))} here" for k in differences)
@@ -160,6 +208,21 @@ class Checkpoint:
                 " path"
             )
         learned = self.model.learned_parameters()
+
+        def states(prefix: str) -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+        epoch_start, now = states("epoch_start."), states("now.")
+        try:
+            expected: dict[str, Tensor] = {f"model.{name}": p for name, p in learned.items()}
+            # SGD keeps tensors like the parameter they are of
+            expected |= {name: learned[name.split(".", 2)[2]] for name in optimizer_names}
+            expected |= {n: t for n, t in tensors.items() if n.startswith(("epoch_start.", "now."))}
+            _check_like(tensors, expected)
+            self.randomness.check(epoch_start)
+            self.randomness.check(now)
+        except Exception as error:  # random states are refused with whatever their generator throws
+            raise self._unusable(error) from error
         with torch.no_grad():
             for name, p in learned.items():
                 p.copy_(tensors[f"model.{name}"])
@@ -169,10 +232,12 @@ class Checkpoint:
                 p = learned[parameter]
                 self.optimizer.state[p][key] = value.to(p.device)
 
-        def states(prefix: str) -> dict[str, Tensor]:
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        return position, epoch_start, now
 
-        return position, states("epoch_start."), states("now.")
+    def _unusable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint: {self.path} cannot be used: {error}; delete it to start over, or give another path"
+        )
 
 
 def _short(value: object) -> str:

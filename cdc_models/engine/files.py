@@ -42,11 +42,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             os.close(folder)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, *, need_hash: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What :func:`write_tensors` wrote, and its metadata.
 
+    Args:
+        path: the file.
+        need_hash: refuse a file that carries no hash of itself; a hash that is there must always fit.
+
     Raises:
-        ValueError: for a file that is not safetensors, was cut off or changed.
+        ValueError: for a file that is not safetensors, was cut off or changed, or lacks its hash.
     """
     try:
         with safe_open(path, framework="pt") as stored:
@@ -55,6 +59,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     digest = metadata.pop("sha256", None)
+    if digest is None and need_hash:
+        raise ValueError(f"{path} is damaged: it does not carry the hash of its content")
     if digest is not None and digest != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its content does not match the hash stored in it")
     return tensors, metadata

@@ -11,16 +11,20 @@ from torch import Tensor
 
 from cdc_models.clip import ClipBackbone, encode_prompted_image, encode_prompted_text
 from cdc_models.data.transforms import Views
-from cdc_models.methods.base import Method, Prediction, bounded_temperature, zero_shot_features
+from cdc_models.methods.base import Method, Prediction, bounded_temperature
+from cdc_models.methods.options import check_count, check_room
 from cdc_models.prompts import CoupledPrompts, PromptContext, default_depth
+from cdc_models.prompts.templates import fill_templates
 from cdc_ops import (
     EvidenceHead,
     FusedOpinion,
     Opinion,
+    checks,
     consistency_loss,
     decoupling_loss,
     evidential_cross_entropy,
 )
+from cdc_ops.dirichlet import FORMS
 from cdc_ops.evidence import log_ratio_from_logits
 
 __all__ = ["CDC", "DEFAULT_VIEWS"]
@@ -63,7 +67,8 @@ class CDC(Method):
         seed: of the random start.
 
     Raises:
-        ValueError: for a backbone that takes no prompts, a depth it does not have, unknown views, names too long.
+        ValueError: for a backbone that takes no prompts, a depth it does not have, unknown views, other options that
+            are not among those named or out of range, names that n_ctx leaves no room for.
 
     Source: CDC (Zhang, Li, Liu, Qiang, NeurIPS 2024, arXiv 2410.12816); coupled prompts: MaPLe; opinions and
     their fusion: Trusted Multi-View Classification (Han et al., ICLR 2021).
@@ -101,13 +106,18 @@ class CDC(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(backbone, class_names)
+        check_count("n_templates", n_templates)
+        check_room(backbone, self.classes, n_ctx)
         if views is not None and len(views) != n_templates:
             raise ValueError(f"views: expected one augmentation per template ({n_templates}), got {list(views)}")
         if hand_crafted.count("{}") != 1:
             raise ValueError(f"hand_crafted: expected exactly one '{{}}', got {hand_crafted!r}")
-        for argument, value in (("weight_de", weight_de), ("weight_con", weight_con)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{argument}: expected a finite number >= 0, got {value}")
+        checks.one_of("form", form, FORMS)
+        weight_de = checks.number("weight_de", weight_de, low=0.0)
+        weight_con = checks.number("weight_con", weight_con, low=0.0)
+        kl_weight = checks.number("kl_weight", kl_weight, low=0.0)
+        noise = checks.number("noise", noise, low=0.0)
+        temperature = checks.number("temperature", temperature, low=0.0, open_low=True)
         if image_prompts and depth is None:
             depth = default_depth(backbone)
         self.options = {
@@ -158,13 +168,16 @@ class CDC(Method):
         self._anchor: Tensor | None = None
 
     def _changed_classes(self) -> None:
+        check_room(self.backbone, self.classes, self.options["n_ctx"])
         self._anchor = None
 
     @property
     def anchor(self) -> Tensor:
         """Features of t^0, the hand-crafted template, [K, D]; fixed."""
         if self._anchor is None or self._anchor.device != self.backbone.device:
-            self._anchor = zero_shot_features(self.backbone, self.class_names, self.hand_crafted)
+            (texts,) = fill_templates([self.hand_crafted], self.class_names)
+            with torch.no_grad():
+                self._anchor = self.backbone.encode_text(self.backbone.tokenize(texts)).float()
         return self._anchor
 
     def text_features(self) -> Tensor:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from cdc_models.clip import ClipBackbone, encode_prompted_text
+from cdc_models.clip.text_layout import POSITIONS
 from cdc_models.methods.base import SoftmaxMethod
+from cdc_models.methods.options import check_room
 from cdc_models.prompts import PromptContext
+from cdc_ops import checks
 
 __all__ = ["CoOp"]
 
@@ -28,7 +31,8 @@ class CoOp(SoftmaxMethod):
         seed: of the random start.
 
     Raises:
-        ValueError: for a backbone whose text tower takes no prompts, or names too long for its context.
+        ValueError: for a backbone whose text tower takes no prompts, an unknown position, an n_ctx its context
+            does not hold, or names that n_ctx leaves no room for.
 
     Source: CoOp (Zhou et al., IJCV 2022).
 
@@ -53,6 +57,8 @@ class CoOp(SoftmaxMethod):
     ) -> None:
         backbone.require_promptable_text()
         super().__init__(backbone, class_names)
+        checks.one_of("position", position, POSITIONS)
+        check_room(backbone, self.classes, n_ctx)
         self.class_specific, self.position = class_specific, position
         self.options = {
             "n_ctx": n_ctx,
@@ -68,6 +74,9 @@ class CoOp(SoftmaxMethod):
             n_classes=len(self.class_names) if class_specific else None,
             generator=torch.Generator().manual_seed(seed),
         )
+
+    def _changed_classes(self) -> None:
+        check_room(self.backbone, self.classes, self.options["n_ctx"])
 
     def text_features(self) -> Tensor:
         return encode_prompted_text(

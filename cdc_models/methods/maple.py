@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cdc_models.clip import ClipBackbone, encode_prompted_image, encode_prompted_text
 from cdc_models.methods.base import SoftmaxMethod
+from cdc_models.methods.options import check_room
 from cdc_models.prompts import CoupledPrompts, default_depth
 
 __all__ = ["MaPLe"]
@@ -26,7 +27,8 @@ class MaPLe(SoftmaxMethod):
         seed: of the random start.
 
     Raises:
-        ValueError: for a backbone that takes no prompts, a depth it does not have, or names too long.
+        ValueError: for a backbone that takes no prompts, a depth or an n_ctx it does not have room for, or names
+            that n_ctx leaves no room for.
 
     Source: MaPLe (Khattak et al., CVPR 2023). ViT-B/16, n_ctx=2, depth=9 gives the published 3,555,072 parameters.
 
@@ -49,11 +51,15 @@ class MaPLe(SoftmaxMethod):
         seed: int = 0,
     ) -> None:
         super().__init__(backbone, class_names)
+        check_room(backbone, self.classes, n_ctx)
         depth = default_depth(backbone) if depth is None else depth
         self.options = {"n_ctx": n_ctx, "depth": depth, "words": words, "seed": seed}
         self.prompts = CoupledPrompts(
             backbone, n_ctx, depth, words=words, generator=torch.Generator().manual_seed(seed)
         )
+
+    def _changed_classes(self) -> None:
+        check_room(self.backbone, self.classes, self.options["n_ctx"])
 
     def text_features(self) -> Tensor:
         context, deep = self.prompts.text()

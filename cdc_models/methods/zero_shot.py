@@ -24,6 +24,9 @@ class ZeroShot(SoftmaxMethod):
         class_names: the K classes.
         templates: one template or a sequence of them, each with one "{}".
 
+    Raises:
+        ValueError: no template, or one without exactly one "{}".
+
     Source: CLIP (Radford et al., ICML 2021), zero-shot prediction and prompt ensembling.
 
     Example:
@@ -41,6 +44,7 @@ class ZeroShot(SoftmaxMethod):
     ) -> None:
         super().__init__(backbone, class_names)
         self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
+        fill_templates(self.templates, self.class_names)  # which checks them
         self.options = {"templates": list(self.templates)}
 
     def text_features(self) -> Tensor:

@@ -1,0 +1,56 @@
+"""Options are checked when a method is built, not steps later."""
+
+import pytest
+import torch
+
+from cdc_models import CDC, METHODS, CoOp, MaPLe, ZeroShot
+
+CLASSES = ["cat", "dog"]
+LONG = " ".join("abcdefghijklmnopq")  # 17 tokens and the full stop: fits a context of 20 by itself
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "argument"),
+    [
+        (ZeroShot, {"templates": []}, "templates"),
+        (ZeroShot, {"templates": ["a photo"]}, "templates"),
+        (ZeroShot, {"templates": "{} and {}"}, "templates"),
+        (CoOp, {"position": "up"}, "position"),
+        (CDC, {"form": "x"}, "form"),
+        (CDC, {"rule": "x"}, "rule"),
+        (CDC, {"activation": "x"}, "activation"),
+        (CDC, {"kl_weight": -1}, "kl_weight"),
+        (CDC, {"weight_con": NAN}, "weight_con"),
+        (CDC, {"temperature": 0}, "temperature"),
+        (CDC, {"temperature": NAN}, "temperature"),
+        (CDC, {"noise": NAN}, "noise"),
+        (CDC, {"noise": -0.1}, "noise"),
+        (CDC, {"n_templates": 0, "views": None}, "n_templates"),
+        (CDC, {"n_templates": 1.5, "views": None}, "n_templates"),
+        *[
+            (method, {"n_ctx": n, "words": None}, "n_ctx")
+            for method in (CoOp, MaPLe, CDC)
+            for n in (0, 18, 10**12, 2.0, True)
+        ],
+    ],
+)
+def test_an_option_out_of_range_is_named(method, options, argument, backbone):
+    with pytest.raises(ValueError, match=f"^{argument}"):
+        method(backbone, CLASSES, **options)
+
+
+@pytest.mark.parametrize("name", ["coop", "maple", "cdc"])
+def test_names_that_leave_no_room_for_the_context(name, backbone):
+    assert len(backbone.encode_words(f"{LONG}.")) == 18
+    with pytest.raises(ValueError, match="names: .* do not fit"):
+        METHODS[name](backbone, [LONG, "cat"], n_ctx=1)
+    model = METHODS[name](backbone, CLASSES, n_ctx=1)
+    with pytest.raises(ValueError, match="names: .* do not fit"):
+        model.with_classes([LONG])
+
+
+def test_the_hand_crafted_template_may_hold_other_braces(backbone):
+    model = CDC(backbone, CLASSES, hand_crafted="a {} of {k}", depth=2)
+    expected = backbone.encode_text(backbone.tokenize([f"a {name} of {{k}}" for name in CLASSES]))
+    assert torch.allclose(model.anchor, expected, atol=1e-6)
