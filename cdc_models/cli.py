@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -12,6 +13,7 @@ from typing import Any, get_type_hints
 from jsonargparse import ArgumentParser, Namespace
 
 from cdc_models.commands.evaluate import evaluate
+from cdc_models.commands.predict import predict
 from cdc_models.commands.protocol import PROTOCOL_COMMANDS
 from cdc_models.commands.settings import RunFailed
 from cdc_models.commands.train import train
@@ -26,6 +28,7 @@ COMMANDS: dict[str, Command | dict[str, Callable[..., None]]] = {
     "demo": demo,
     "train": train,
     "evaluate": evaluate,
+    "predict": predict,
     "protocol": PROTOCOL_COMMANDS,
 }
 SWITCHES = ("--ablation", "--quiet", "--json")
@@ -41,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # jsonargparse wants a value for a boolean; a bare switch means yes.
     given = [f"{argument}=true" if argument in SWITCHES else argument for argument in given]
     try:
-        _run(COMMANDS, _fill(ArgumentParser(prog="cdc", description=EXIT), COMMANDS).parse_args(given))
+        _run(COMMANDS, _fill(_new("cdc", EXIT), COMMANDS).parse_args(given))
+    except ArgumentError as error:
+        _end(2, " ".join(str(error).split()))
     except KeyboardInterrupt as stop:
         _end(130, f"interrupted: {stop}" if str(stop) else "interrupted")
     except (ValueError, FileNotFoundError, ImportError) as error:
@@ -55,13 +60,18 @@ def _end(status: int, message: object) -> None:
     raise SystemExit(status) from None
 
 
+def _new(name: str | None, description: str) -> ArgumentParser:
+    """A parser whose errors are raised, for `main` to tell in one sentence."""
+    return ArgumentParser(prog=name, description=description, exit_on_error=False)
+
+
 def _fill(parser: ArgumentParser, commands: dict[str, Any]) -> ArgumentParser:
     """A subcommand for each of the commands; a group of commands is one with subcommands of its own."""
     below = parser.add_subcommands(required=True, dest="command")
     for word, command in commands.items():
         if isinstance(command, dict):
             text = f"One of {', '.join(command)}."
-            child = ArgumentParser(description=text)
+            child = _new(None, text)
             below.add_subcommand(word, child, help=text)
             _fill(child, command)
         else:
@@ -73,7 +83,7 @@ def _fill(parser: ArgumentParser, commands: dict[str, Any]) -> ArgumentParser:
 def _parser(command: Command, description: str) -> ArgumentParser:
     """Flags for every field of a command's settings, or for its plain arguments."""
     settings = _settings(command)
-    parser = ArgumentParser(description=f"{description}\n\n{EXIT}")
+    parser = _new(None, f"{description}\n\n{EXIT}")
     parser.add_argument("--config", action="config", help="YAML file with the same names as the flags; flags win.")
     if settings:
         if any(f.name in ("options", "settings") for cls in settings.values() for f in fields(cls)):

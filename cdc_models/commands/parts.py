@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +14,7 @@ from cdc_models.data import ImageDataset, load_dataset
 from cdc_models.engine import adapter_info, load_adapter
 from cdc_models.methods import Method, ZeroShot
 
-__all__ = ["backbone_of", "dataset_of", "model_of"]
+__all__ = ["backbone_of", "dataset_of", "learned_hash", "model_of"]
 
 
 def backbone_of(name: str, pretrained: str | None, compute: Compute) -> ClipBackbone:
@@ -70,3 +72,14 @@ def model_of(model: Model, compute: Compute, classes: Sequence[str] | None, temp
         return ZeroShot(backbone, classes, template).to(backbone.device).eval()
     adapter = load_adapter(model.adapter, backbone)
     return adapter if classes is None or tuple(classes) == adapter.class_names else adapter.with_classes(classes)
+
+
+def learned_hash(model: Method) -> str:
+    """SHA-256 over what a method adds to its backbone: tells whether two classifiers are the same."""
+    digest = hashlib.sha256(json.dumps([model.name, model.options, list(model.class_names)]).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith("backbone."):
+            digest.update(
+                name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
+    return digest.hexdigest()

@@ -4,6 +4,7 @@ from cdc_models.data.datasets import ImageDataset, load_dataset
 from cdc_models.data.emoji import EmojiBenchmark, ImageSet, emoji_benchmark
 from cdc_models.data.image_list import ImageList
 from cdc_models.data.image_loader import ImageLoader, scan
+from cdc_models.data.image_paths import image_paths
 from cdc_models.data.image_report import ImageReport, SkippedImage
 from cdc_models.data.listing import DatasetError
 from cdc_models.data.open_image import BadImageError, open_image
@@ -34,6 +35,7 @@ __all__ = [
     "find_published",
     "harmonic_mean",
     "hold_out",
+    "image_paths",
     "load_dataset",
     "open_image",
     "scan",

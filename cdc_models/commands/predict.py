@@ -1,0 +1,114 @@
+"""`cdc predict`: a class and how far to trust it, for every image of a folder, table or list."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from cdc_models.commands.parts import learned_hash, model_of
+from cdc_models.commands.run_folder import resolved, start_run, write_json
+from cdc_models.commands.settings import Compute, Interrupted, Model, Output
+from cdc_models.data import DatasetError, image_paths
+from cdc_models.methods import Method
+from cdc_models.provenance import git_commit, versions
+from cdc_models.shards import predict_shards
+
+__all__ = ["Images", "predict"]
+
+LISTED = 1000
+
+
+@dataclass(frozen=True)
+class Images:
+    """Which images, and where to.
+
+    Args:
+        images: a folder, a .txt list of paths, or a .csv, .tsv or .parquet file with a column path.
+        root: the folder that relative paths of a list or table start from.
+        classes: class names to choose among; none: those that the adapter was trained on.
+        template: text with one "{}" for the class name; zero-shot CLIP only.
+        out: folder for part-00000.parquet and so on, config.yaml and report.json; the same command goes on from what is
+            there.
+        format: parquet (needs pyarrow) or jsonl, a JSON object a line.
+        shard_size: images in one part.
+    """
+
+    images: str
+    root: str | None = None
+    classes: list[str] | None = None
+    template: str = "a photo of a {}."
+    out: Path = Path("runs/predict")
+    format: Literal["parquet", "jsonl"] = "parquet"
+    shard_size: int = 10_000
+
+
+def predict(images: Images, model: Model, compute: Compute, output: Output) -> None:
+    """Classify images, and say how far each answer is to be trusted.
+
+    Writes a row for every image: path, class, probability, belief, uncertainty, conflict, template_uncertainty, and
+    skipped (why the image could not be read, or nothing). Holds one part at a time; parts that are there are not made
+    again.
+    """
+    started = time.perf_counter()
+    classifier = model_of(model, compute, images.classes, images.template)
+    paths = image_paths(images.images, images.root)
+    first = next(paths, None)
+    if first is None:
+        raise DatasetError(f"images: {images.images} holds no files")
+    start_run(images.out, resolved(images, model, compute, output))
+    _check_classifier(images.out / "classifier.json", classifier)
+    count, shards, reasons, listed = 0, 0, Counter[str](), list[dict[str, str]]()
+    columns = (SpinnerColumn(), TextColumn("images"), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, disable=not output.progress, transient=True)
+    task = bar.add_task("", total=None)
+    try:
+        with bar:
+            for rows in predict_shards(
+                classifier,
+                chain([first], paths),
+                images.out,
+                shard_size=images.shard_size,
+                format=images.format,
+                batch=compute.test_batch,
+                workers=compute.workers,
+                on_batch=lambda done: bar.update(task, advance=done),
+            ):
+                skipped = [{"path": row["path"], "reason": row["skipped"]} for row in rows if row["skipped"]]
+                count, shards = count + len(rows), shards + 1
+                reasons.update(image["reason"].split(" (")[0] for image in skipped)
+                listed += skipped[: LISTED - len(listed)]
+    except KeyboardInterrupt:
+        raise Interrupted(f"finished parts are in {images.out}; the same command goes on from there") from None
+    values = {
+        "folder": str(images.out),
+        "images": count,
+        "parts": shards,
+        "skipped": sum(reasons.values()),
+        "by_reason": dict(reasons),
+        "skipped_images": listed,
+        "method": classifier.name,
+        "seconds": time.perf_counter() - started,
+        "versions": versions(classifier.backbone.device),
+        "commit": git_commit(),
+    }
+    write_json(images.out / "report.json", values)
+    output.result(values)
+    output.say(f"{images.out}: {count} images in {shards} part(s), {values['seconds']:.0f} s")
+    if reasons:
+        told = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+        output.say(f"{values['skipped']} skipped: {told}; listed in {images.out / 'report.json'}")
+
+
+def _check_classifier(path: Path, classifier: Method) -> None:
+    """Parts of one folder are one classifier's: an adapter file may have been written anew since the first of them."""
+    own = {"backbone": classifier.backbone.fingerprint, "learned": learned_hash(classifier)}
+    if path.exists() and json.loads(path.read_text()) != own:
+        raise ValueError(f"out: the parts in {path.parent} are of another classifier; give another folder")
+    write_json(path, own)

@@ -1,0 +1,123 @@
+"""Which images are to be looked at: those of a folder, a table or a list, one after another."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cdc_models.data.listing import DatasetError, inside, look
+from cdc_models.data.tables import COLUMNS, PICTURES, TABLES
+
+__all__ = ["image_paths"]
+
+
+def image_paths(source: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Iterator[str]:
+    """Paths of unlabelled images, always in the same order, without ever holding all of them.
+
+    - a folder: every file below it, folders and files by name; a dot in front hides a name. What is no image is
+      found out when it is read.
+    - a .txt file: a path a line; relative ones start at `root`, by default where the program was started.
+    - a .csv, .tsv or .parquet file: its column "path" (or "file", "image", ...); relative paths start at `root`, by
+      default the file's folder, and none may leave it.
+
+    Raises:
+        DatasetError: for a source that is not there, cannot be read, or has no column of paths; for a table's path
+            outside its root. ImportError: for Parquet without pyarrow.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("b.png", "a.png", ".hidden"):
+        ...     (folder / name).touch()
+        >>> [Path(path).name for path in image_paths(folder)]
+        ['a.png', 'b.png']
+    """
+    source = Path(source)
+    if source.is_dir():
+        return _below(source)
+    if not source.is_file():
+        raise DatasetError(f"images: {source}: there is no such folder, table or list")
+    if source.suffix.lower() == ".txt":
+        return _of_list(source, None if root is None else Path(root))
+    if source.suffix.lower() not in TABLES:
+        raise DatasetError(f"images: {source}: expected a folder, a .txt list, or a table that ends in {TABLES}")
+    return _of_table(source, Path(source.parent if root is None else root))
+
+
+def _below(folder: Path) -> Iterator[str]:
+    entered: set[tuple[int, int]] = set()  # a link may lead back above itself
+    waiting = [str(folder)]
+    while waiting:
+        here = waiting.pop()
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in entered:
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders, files = look(Path(here))
+        yield from (os.path.join(here, name) for name in files)
+        waiting += [os.path.join(here, name) for name in reversed(folders)]
+
+
+def _of_list(file: Path, root: Path | None) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for line in lines:
+                if path := line.rstrip("\r\n"):
+                    yield path if root is None else os.path.join(root, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{file}: cannot be read as a list of paths ({error})") from error
+
+
+def _of_table(file: Path, root: Path) -> Iterator[str]:
+    for path in _parquet_cells(file) if file.suffix.lower() in (".parquet", ".pq") else _csv_cells(file):
+        if os.path.isabs(path):
+            path = os.path.relpath(path, root.absolute())
+        yield os.path.join(root, inside(path, file))
+
+
+def _column(headings: list[str], file: Path) -> int:
+    plain = [heading.strip().lower() for heading in headings]
+    for name in COLUMNS["path"]:
+        if plain.count(name) == 1:
+            return plain.index(name)
+    raise DatasetError(f'{file}: expected a column "path", got {", ".join(headings)[:300]!r}')
+
+
+def _csv_cells(file: Path) -> Iterator[str]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            first = lines.readline()
+            lines.seek(0)
+            place: int | None = None
+            for number, row in enumerate(csv.reader(lines, delimiter=max("\t;,", key=first.count)), start=1):
+                if not any(cell.strip() for cell in row):
+                    continue
+                if place is None:
+                    headless = row[0].lower().endswith(PICTURES)
+                    place = 0 if headless else _column(row, file)
+                    if not headless:
+                        continue
+                if len(row) <= place:
+                    raise DatasetError(f"{file}, row {number}: expected a path in column {place + 1}")
+                yield row[place]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{file}: cannot be read as a CSV file ({error})") from error
+
+
+def _parquet_cells(file: Path) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"{file}: reading Parquet needs pyarrow; pip install 'cdc-ops[data]'") from error
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            headings = table.schema_arrow.names
+            column = headings[_column(headings, file)]
+            for batch in table.iter_batches(columns=[column]):
+                for cell in batch.column(column).to_pylist():
+                    yield "" if cell is None else cell.decode() if isinstance(cell, bytes) else str(cell)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{file}: cannot be read as a Parquet file ({error})") from error
