@@ -200,9 +200,9 @@ class Checkpoint:
             optimizer_names = json.loads(metadata["optimizer"]) if run["format"] == FORMAT else []
         except (ValueError, KeyError, TypeError) as error:
             raise self._unusable(error) from error
-        expected = json.loads(json.dumps(self.run))
-        if differences := [key for key in {**expected, **run} if expected.get(key) != run.get(key)]:
-            told = "; ".join(f"{k}: {_short(run.get(k))} there, {_short(expected.get(k))} here" for k in differences)
+        here = json.loads(json.dumps(self.run))
+        if differences := [key for key in {**here, **run} if here.get(key) != run.get(key)]:
+            told = "; ".join(f"{k}: {_short(run.get(k))} there, {_short(here.get(k))} here" for k in differences)
             raise CheckpointError(
                 f"checkpoint: {self.path} belongs to another run ({told}); delete it to start over, or give another"
                 " path"
