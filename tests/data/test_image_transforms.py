@@ -43,7 +43,8 @@ PALETTE.putpalette([0, 0, 0, *RED])
         (Image.new("L", (64, 64), 128), GREY),
         (Image.new("LA", (64, 64), (128, 255)), GREY),
         (Image.new("I;16", (64, 64), 128 * 257), GREY),
-        (Image.fromarray(np.float32([[0.0] * 64] * 64)), (0, 0, 0)),
+        (Image.new("I", (64, 64), 128 * 257), GREY),
+        (Image.new("F", (64, 64), 300.0), (0, 0, 0)),  # one value: nothing to stretch
     ],
     ids=lambda x: x.mode if isinstance(x, Image.Image) else "",
 )
