@@ -7,6 +7,7 @@ import difflib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from cdc_models.clip.anatomy import OpenClip
+from cdc_models.clip.tokenizer import cut_tokenizer
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "clip"
 CONFIG_NAMES = ("open_clip_config.json", "config.json")
@@ -93,16 +95,12 @@ def from_folder(folder: Path) -> Source:
     load_weights(clip, weights)
     context_length = open_clip.CLIPTextCfg(**model_cfg["text_cfg"]).context_length
     merges = config.get("tokenizer", {}).get("merges")
-
-    def make_tokenizer() -> Any:
-        if merges is not None:
-            from cdc_models.clip.tokenizer import cut_tokenizer
-
-            return cut_tokenizer(merges, context_length)
-        if config_file.name == CONFIG_NAMES[0]:
-            return open_clip.get_tokenizer(f"local-dir:{folder}")
-        return open_clip.SimpleTokenizer(context_length=context_length)
-
+    # partial, as all that is to be pickled
+    make_tokenizer: Callable[[], Any] = partial(open_clip.SimpleTokenizer, context_length=context_length)
+    if merges is not None:
+        make_tokenizer = partial(cut_tokenizer, merges, context_length)
+    elif config_file.name == CONFIG_NAMES[0]:
+        make_tokenizer = partial(open_clip.get_tokenizer, f"local-dir:{folder}")
     return Source(clip, make_tokenizer)
 
 
@@ -116,10 +114,7 @@ def from_name(name: str, pretrained: str | None) -> Source:
         close = [lower[k] for k in difflib.get_close_matches(name.lower(), lower, n=5, cutoff=0.4)]
         hint = f"; did you mean {', '.join(close)}?" if close else "; see open_clip.list_models()"
         raise ValueError(f"name: {name!r} is not an open_clip model{hint}")
-
-    def make_tokenizer() -> Any:
-        return open_clip.get_tokenizer(name)
-
+    make_tokenizer = partial(open_clip.get_tokenizer, name)
     if pretrained is None:
         return Source(_build_named(name, model_cfg), make_tokenizer)
     if open_clip.is_pretrained_cfg(name, pretrained):

@@ -5,12 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from cdc_models.clip import ClipBackbone
+from cdc_models.data.open_image import _to_rgb
 
 __all__ = ["VIEWS", "Views", "test_transform", "train_transform"]
+
+
+class _ToRgbImage(nn.Module):
+    """What comes into a transform as an image of three channels; a module, so that it prints itself the same always."""
+
+    def forward(self, image: object) -> Tensor:
+        if isinstance(image, Image.Image):
+            return v2.functional.to_image(_to_rgb(image))
+        tensor = v2.functional.to_image(image)
+        if tensor.shape[-3] != 3:
+            raise ValueError(
+                f"image: expected a PIL image or a tensor [..., 3, H, W], got {list(tensor.shape)}; repeat grey"
+                " images in three channels"
+            )
+        return tensor
 
 
 def train_transform(
@@ -24,14 +41,16 @@ def train_transform(
         flip: whether to mirror half of the images.
 
     Returns:
-        A transform of PIL images or uint8 tensors [..., 3, H, W] to float tensors [..., 3, size, size].
+        A transform of PIL images or uint8 tensors [..., 3, H, W] to float tensors [..., 3, size, size]. PIL images
+        of other modes become RGB by the rules of `open_image` (alpha on white, 16 bits / 257). Other tensors than
+        of three channels are a ValueError: whether one channel is grey is for the caller to say.
 
     Source: CoOp (Zhou et al., IJCV 2022), published configuration.
     """
     size = backbone.image_size
     return v2.Compose(
         [
-            v2.ToImage(),
+            _ToRgbImage(),
             v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True),
             v2.RandomHorizontalFlip(0.5 if flip else 0.0),
             v2.ToDtype(torch.float32, scale=True),
@@ -42,11 +61,14 @@ def train_transform(
 
 
 def test_transform(backbone: ClipBackbone) -> v2.Transform:
-    """CoOp's test transform: shorter side to size (bicubic), centre crop, CLIP's mean and deviation."""
+    """CoOp's test transform: shorter side to size (bicubic), centre crop, CLIP's mean and deviation.
+
+    Takes what `train_transform`'s takes.
+    """
     size = backbone.image_size
     return v2.Compose(
         [
-            v2.ToImage(),
+            _ToRgbImage(),
             v2.Resize(size, interpolation=InterpolationMode.BICUBIC, antialias=True),
             v2.CenterCrop(size),
             v2.ToDtype(torch.float32, scale=True),

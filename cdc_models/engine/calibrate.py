@@ -19,7 +19,10 @@ def calibrate(model: Method, loader: Labelled, *, max_iter: int = 100) -> float:
     pass through the towers once; the fit itself (L-BFGS) takes milliseconds.
 
     Args:
-        model: any method. Changed in place.
+        model: any method. Changed in place, and with it every copy that `with_classes` made of it, or that it was made
+            from: they share the learned parameters and the temperature (for CDC, scale and bias of its evidence),
+            so that one fit serves all classes. Only classes and text features are a copy's own. To calibrate for
+            some classes alone, calibrate a `copy.deepcopy`, or load the adapter again.
         loader: yields (images, targets), such as four held-out shots per class; or features of them.
         max_iter: L-BFGS iterations.
 
@@ -32,8 +35,6 @@ def calibrate(model: Method, loader: Labelled, *, max_iter: int = 100) -> float:
     features = extract_features(model, loader, progress=False)
     targets = model.check_targets(features.image, features.targets).to(features.image.device)
     parameters, negative_log_likelihood = model.calibration(features.image, model.cached_text_features(), targets)
-    if not parameters:
-        return float(negative_log_likelihood().detach())
     optimizer = torch.optim.LBFGS(parameters, max_iter=max_iter, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

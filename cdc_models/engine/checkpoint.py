@@ -214,11 +214,11 @@ class Checkpoint:
 
         epoch_start, now = states("epoch_start."), states("now.")
         try:
-            expected: dict[str, Tensor] = {f"model.{name}": p for name, p in learned.items()}
+            wanted: dict[str, Tensor] = {f"model.{name}": p for name, p in learned.items()}
             # SGD keeps tensors like the parameter they are of
-            expected |= {name: learned[name.split(".", 2)[2]] for name in optimizer_names}
-            expected |= {n: t for n, t in tensors.items() if n.startswith(("epoch_start.", "now."))}
-            _check_like(tensors, expected)
+            wanted |= {name: learned[name.split(".", 2)[2]] for name in optimizer_names}
+            wanted |= {n: t for n, t in tensors.items() if n.startswith(("epoch_start.", "now."))}
+            _check_like(tensors, wanted)
             self.randomness.check(epoch_start)
             self.randomness.check(now)
         except Exception as error:  # random states are refused with whatever their generator throws

@@ -60,7 +60,8 @@ class CDC(Method):
         weight_de, weight_con: weights of the decoupling and the consistency loss; 0 switches them off.
         temperature: of the consistency loss.
         trusted: DSTC on or off.
-        evidence_head: whether scale and bias of the evidence are learned.
+        evidence_head: whether scale and bias of the evidence are trained; if not, they stay CLIP's scale and 0 until
+            `calibrate` divides both by its temperature.
         image_prompts: False learns text prompts only; the image side is zero-shot CLIP's.
         activation, rule, form, kl_weight: see `evidential_cross_entropy`.
         noise: deviation added to each template's start, so that templates that start from one text differ.
@@ -233,14 +234,12 @@ class CDC(Method):
         # error, but likelihood then drives vacuity to 0 and silences templates: it does not ask for either.
         scale, bias = self.head.scale.detach().clone(), self.head.bias.detach().clone()
         log_temperature = torch.zeros((), device=scale.device, requires_grad=True)
-        learned = any(True for _ in self.head.parameters())
 
         def negative_log_likelihood() -> Tensor:
             temperature = bounded_temperature(log_temperature)
-            if learned:
-                with torch.no_grad():
-                    self.head.log_scale.copy_((scale / temperature).log())
-                    self.head.bias.copy_(bias / temperature)
+            with torch.no_grad():
+                self.head.log_scale.copy_((scale / temperature).log())
+                self.head.bias.copy_(bias / temperature)
             if not self.trusted:
                 prob = self._logits(image, text, scale / temperature, bias / temperature).softmax(-1).mean(1)
                 return F.nll_loss(prob.clamp_min(torch.finfo(prob.dtype).tiny).log(), targets)
@@ -256,7 +255,7 @@ class CDC(Method):
                 prompt_weight=0.0,
             )
 
-        return [log_temperature] if learned else [], negative_log_likelihood
+        return [log_temperature], negative_log_likelihood
 
     def _logits(self, image: Tensor, text: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Logits of every template, [B, M, K], by the head's scale and bias unless given."""

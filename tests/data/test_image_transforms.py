@@ -26,6 +26,47 @@ def test_train_transform_is_random_and_normalised(bundled):
     assert torch.allclose(out.mean((1, 2)), expected, atol=1e-4)
 
 
+RED, GREY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
+PALETTE = Image.new("P", (64, 64), 1)
+PALETTE.putpalette([0, 0, 0, *RED])
+
+
+@pytest.mark.parametrize("make", [test_transform, train_transform], ids=["test", "train"])
+@pytest.mark.parametrize(
+    ("image", "colour"),
+    [
+        (Image.new("RGBA", (64, 64), (*RED, 255)), RED),
+        (Image.new("RGBA", (64, 64), (*RED, 0)), WHITE),
+        (Image.new("CMYK", (64, 64), (0, 255, 255, 0)), RED),
+        (PALETTE, RED),
+        (Image.new("1", (64, 64), 1), WHITE),
+        (Image.new("L", (64, 64), 128), GREY),
+        (Image.new("LA", (64, 64), (128, 255)), GREY),
+        (Image.new("I;16", (64, 64), 128 * 257), GREY),
+        (Image.new("I", (64, 64), 128 * 257), GREY),
+        (Image.new("F", (64, 64), 300.0), (0, 0, 0)),  # one value: nothing to stretch
+    ],
+    ids=lambda x: x.mode if isinstance(x, Image.Image) else "",
+)
+def test_pil_images_of_any_mode_are_rgb(make, image, colour, bundled):
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (bundled.image_mean, bundled.image_std))
+    expected = (torch.tensor(colour).view(3, 1, 1) / 255 - mean) / std
+    assert torch.allclose(make(bundled)(image), expected.expand(3, 48, 48), atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [test_transform, train_transform], ids=["test", "train"])
+def test_tensors_of_other_than_three_channels_are_refused(make, bundled):
+    for channels in (1, 2, 4):
+        with pytest.raises(ValueError, match=r"image: expected .*\[\.\.\., 3, H, W\]"):
+            make(bundled)(torch.zeros(channels, 64, 64, dtype=torch.uint8))
+    assert make(bundled)(torch.zeros(5, 3, 64, 64, dtype=torch.uint8)).shape == (5, 3, 48, 48)
+
+
+def test_a_transform_prints_itself_the_same_always(bundled):
+    """The feature cache knows it by that."""
+    assert repr(test_transform(bundled)) == repr(test_transform(bundled)) and "0x" not in repr(test_transform(bundled))
+
+
 @pytest.mark.parametrize("name", sorted(VIEWS))
 def test_each_view_keeps_shape_and_range(name):
     torch.manual_seed(0)

@@ -1,12 +1,14 @@
 """Evaluation against torchmetrics, enumeration, and what the figures must obey."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
-from cdc_models import CDC, CoOp, MaPLe, ZeroShot, calibrate, evaluate
+from cdc_models import CDC, CoOp, MaPLe, ZeroShot, calibrate, evaluate, load_adapter, save_adapter
 from cdc_models.engine import extract_features
 from cdc_models.engine.evaluate import area_under_risk_coverage
 
@@ -89,11 +91,34 @@ def test_softmax_calibration_keeps_the_answers(backbone, coloured):
     assert torch.equal(model.predict(coloured[0]).classes, before) and float(model.temperature) != 1.0
 
 
-def test_nothing_fixed_is_calibrated(backbone, coloured):
-    model = CDC(backbone, CLASSES, depth=2, evidence_head=False)
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    calibrate(model, [coloured])
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+@pytest.mark.parametrize("trusted", [True, False])
+def test_without_an_evidence_head_there_is_a_temperature_to_fit(trusted, backbone, coloured, tmp_path):
+    images, targets = coloured
+    model = CDC(backbone, CLASSES, depth=2, evidence_head=False, trusted=trusted)
+
+    def nll():
+        return float(-model.predict(images).prob[range(len(targets)), targets].log().mean())
+
+    before = nll()
+    prompts = {n: p.detach().clone() for n, p in model.learned_parameters().items()}
+    scale = model.head.scale.clone()
+    assert calibrate(model, [coloured]) == pytest.approx(nll(), rel=1e-3) and nll() < before - 0.1
+    ratio = model.head.scale / scale
+    assert torch.allclose(ratio, ratio[:1].expand(4)) and abs(float(ratio[0]) - 1) > 0.1
+    assert not model.head.bias.any()
+    assert all(torch.equal(p, prompts[n]) for n, p in model.learned_parameters().items())
+    again = load_adapter(save_adapter(model, tmp_path / "a.safetensors"), backbone)
+    assert torch.equal(again.predict(images).prob, model.predict(images).prob)
+
+
+@pytest.mark.parametrize("method", [ZeroShot, CDC])
+def test_what_calibration_shares_with_other_classes(method, backbone, coloured):
+    """As the docstring of calibrate says: copies with other classes are calibrated too, deep copies are not."""
+    model = method(backbone, CLASSES)
+    apart, before = copy.deepcopy(model), model.predict(coloured[0]).prob
+    calibrate(model.with_classes([*CLASSES, "spoon"]), [coloured])
+    assert not torch.equal(model.predict(coloured[0]).prob, before)
+    assert torch.equal(apart.predict(coloured[0]).prob, before)
 
 
 def test_bad_loaders(backbone, coloured):
