@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from cdc_models.commands.parts import dataset_of, model_of
+from cdc_models.commands.parts import dataset_of, model_of, published_dataset
 from cdc_models.commands.run_folder import write_json
 from cdc_models.commands.settings import Compute, Data, Model, Output
 from cdc_models.data import ImageReport, load_dataset
@@ -41,13 +41,15 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
     An adapter classifies among the classes of the data, also when it was trained on others. Reports accuracy,
     calibration, the worth of the uncertainty, and skipped images.
     """
-    dataset = dataset_of(data)
+    with output.status("listing images"):
+        dataset = dataset_of(data)
     strangers = None if question.unknown is None else load_dataset(question.unknown, _root_of(question.unknown, data))
-    classifier = model_of(model, compute, dataset.classes, dataset.template)
-    known = reader(getattr(dataset, question.split), classifier.backbone, compute.test_batch, compute.workers)
+    with output.status("loading CLIP"):
+        classifier = model_of(model, compute, dataset.classes, dataset.template)
+    known = reader(getattr(dataset, question.split), classifier.backbone, compute.test_batch, compute.readers)
     unknown = None
     if strangers is not None:
-        unknown = reader(strangers.test, classifier.backbone, compute.test_batch, compute.workers)
+        unknown = reader(strangers.test, classifier.backbone, compute.test_batch, compute.readers)
     found = evaluate_model(classifier, known, unknown=unknown, progress=output.progress)
     reports = {"known": known.report, "unknown": ImageReport(0) if unknown is None else unknown.report}
     values = {
@@ -75,11 +77,9 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
             output.say(str(report))
 
 
-def _root_of(name: str, data: Data) -> str | None:
-    """The root of all datasets goes for the unknown one too; that of a table does not."""
-    from cdc_models.data import find_published
-
-    return data.root if find_published(name) is not None and find_published(data.data) is not None else None
+def _root_of(unknown: str, data: Data) -> str | None:
+    """The root of all datasets holds the unknown one too; a table's root is its own."""
+    return None if published_dataset(unknown) is None or published_dataset(data.data) is None else data.root
 
 
 def _table(title: str, found: Evaluation) -> Table:

@@ -57,7 +57,8 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
     again.
     """
     started = time.perf_counter()
-    classifier = model_of(model, compute, images.classes, images.template)
+    with output.status("loading CLIP"):
+        classifier = model_of(model, compute, images.classes, images.template)
     paths = image_paths(images.images, images.root)
     first = next(paths, None)
     if first is None:
@@ -77,7 +78,7 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
                 shard_size=images.shard_size,
                 format=images.format,
                 batch=compute.test_batch,
-                workers=compute.workers,
+                workers=compute.readers,
                 on_batch=lambda done: bar.update(task, advance=done),
             ):
                 skipped = [{"path": row["path"], "reason": row["skipped"]} for row in rows if row["skipped"]]

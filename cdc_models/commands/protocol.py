@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cdc_models.commands.parts import backbone_of
+from cdc_models.commands.parts import backbone_of, published_dataset
 from cdc_models.commands.run_folder import resolved, save_settings, write_json, write_text
 from cdc_models.commands.settings import Backbone, Compute, Interrupted, Output
-from cdc_models.data import BASE_TO_NEW, IMAGENET_VARIANTS, ImageDataset, find_published, load_dataset
+from cdc_models.data import BASE_TO_NEW, IMAGENET_VARIANTS, ImageDataset, load_dataset
 from cdc_models.protocols import Cell, Runner, Target, latex, lines, markdown, plan, summarise
 from cdc_models.recipes import Training, recipes_of
 
@@ -140,19 +139,26 @@ def _run(
 ) -> None:
     shots = [what.shots] if isinstance(what.shots, int) else what.shots
     recipes = recipes_of(what.methods, what.settings, training)
-    cells = plan(
-        protocol, [_name(d) for d in what.datasets], what.seeds, shots, None if source is None else _name(source)
-    )
-    with Console(quiet=not output.progress).status("listing images"):
+    source = None if source is None else _name(source)
+    cells = plan(protocol, [_name(dataset) for dataset in what.datasets], what.seeds, shots, source)
+    with output.status("listing images"):
         datasets = _load([*([] if source is None else [source]), *what.datasets], what.root)
-    clip = backbone_of(backbone.backbone, backbone.pretrained, compute)
+    with output.status("loading CLIP"):
+        clip = backbone_of(backbone.backbone, backbone.pretrained, compute)
     save_settings(what.out, resolved(what, training, backbone, compute, output))
-    rows = _work(Runner(protocol, datasets, clip, what.out, compute.workers, compute.test_batch,
-        compute.checkpoint_every, output.progress), cells, recipes, output)  # fmt: skip
-    published = {"base-to-new": ELEVEN, "cross-dataset": ELEVEN[1:]}
-    summary = summarise(
-        protocol, rows, published.get(protocol, what.datasets), None if source is None else _name(source)
+    runner = Runner(
+        protocol,
+        datasets,
+        clip,
+        what.out,
+        workers=compute.readers,
+        test_batch=compute.test_batch,
+        checkpoint_every=compute.checkpoint_every,
+        progress=output.progress,
     )
+    rows = _work(runner, cells, recipes, output)
+    published = {"base-to-new": ELEVEN, "cross-dataset": ELEVEN[1:]}
+    summary = summarise(protocol, rows, published.get(protocol, ()), source)
     title = f"{protocol}, {', '.join(map(str, shots))} shots"
     write_json(what.out / "summary.json", {"protocol": protocol, "backbone": clip.name, "cells": summary})
     write_text(what.out / "table.md", markdown(summary, title, clip.name))
@@ -167,12 +173,12 @@ def _run(
 
 def _name(dataset: str) -> str:
     """The papers' own spelling of a name; a path as it is."""
-    published = find_published(dataset) if "/" not in dataset else None
+    published = published_dataset(dataset)
     return dataset if published is None else published.name
 
 
 def _load(datasets: Sequence[str], root: str) -> dict[str, ImageDataset]:
-    return {_name(d): load_dataset(d, root if _name(d) in ELEVEN or find_published(d) else None) for d in datasets}
+    return {_name(d): load_dataset(d, None if published_dataset(d) is None else root) for d in datasets}
 
 
 def _work(runner: Runner, cells: Sequence[Cell], recipes: Mapping[str, Any], output: Output) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -108,7 +110,7 @@ class Compute:
 
     Args:
         device: such as "cuda:1"; "auto" takes a GPU if there is one.
-        workers: processes that read images; 0: none but this one.
+        workers: processes that read images, at most one a core; 0: none but this one.
         test_batch: images a step where nothing is learned.
         checkpoint_every: steps between two checkpoints of training, besides the one after every epoch; 0: none.
     """
@@ -117,6 +119,12 @@ class Compute:
     workers: int = 2
     test_batch: int = 100
     checkpoint_every: int = 100
+
+    @property
+    def readers(self) -> int:
+        """The processes that read images."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(self.workers, cores)
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,10 @@ class Output:
         """Print for a person."""
         if self.talks:
             Console(width=None if Console().is_terminal else 132).print(what, highlight=False)
+
+    def status(self, what: str) -> AbstractContextManager[Any]:
+        """Say what is being done while it lasts, where it cannot be counted."""
+        return Console().status(what) if self.progress else nullcontext()
 
     def result(self, values: dict[str, Any]) -> None:
         """Print for a program."""

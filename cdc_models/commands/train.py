@@ -6,8 +6,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from cdc_models.commands.parts import backbone_of, dataset_of
 from cdc_models.commands.run_folder import resolved, start_run, write_json
 from cdc_models.commands.settings import Adaptation, Backbone, Compute, Data, Draw, Interrupted, Output
@@ -48,8 +46,10 @@ def train(
     the last checkpoint and ends with the same adapter.
     """
     started = time.perf_counter()
-    dataset = dataset_of(data, draw)
-    clip = backbone_of(backbone.backbone, backbone.pretrained, compute)
+    with output.status("listing images"):
+        dataset = dataset_of(data, draw)
+    with output.status("loading CLIP"):
+        clip = backbone_of(backbone.backbone, backbone.pretrained, compute)
     model = build(adaptation.method, adaptation.options, clip, dataset, draw.seed)
     settings = (data, draw, backbone, adaptation, training, folder, compute, output)
     start_run(folder.out, resolved(*settings, options=model.options))
@@ -59,7 +59,7 @@ def train(
         dataset,
         training,
         seed=draw.seed,
-        workers=compute.workers,
+        workers=compute.readers,
         checkpoint=checkpoint,
         checkpoint_every=compute.checkpoint_every,
         progress=output.progress,
@@ -68,8 +68,8 @@ def train(
         raise Interrupted(f"stopped after step {result.steps}; the same command goes on from {checkpoint}")
     likelihood, held_out = None, ImageReport(0)
     if adaptation.calibrate and len(dataset.val):
-        loader = reader(dataset.val, clip, compute.test_batch, compute.workers)
-        with Console(quiet=not output.progress).status("fitting how sure it is"):
+        loader = reader(dataset.val, clip, compute.test_batch, compute.readers)
+        with output.status("fitting how sure it is"):
             likelihood = calibrate(model, loader)
         held_out = loader.report
     images = {"train": report.to_dict(), "validation": held_out.to_dict()}

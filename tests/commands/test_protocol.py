@@ -167,6 +167,14 @@ def test_zero_shot_takes_the_template_of_what_it_is_tested_on(root, cdc_json, tm
     assert row["brier"] == said["brier"]
 
 
+def test_ones_own_folder_even_by_the_name_of_a_papers_dataset(photos, cdc_json, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EuroSAT").symlink_to(photos)
+    arguments = ("--backbone=bundled", "--methods=[zero_shot]", "--settings={}", "--seeds=[1]", "--shots=1")
+    said = cdc_json("protocol", "few-shot", *arguments, "--datasets=[./EuroSAT]", f"--out={tmp_path / 'out'}")
+    assert {c["dataset"] for c in said["cells"]} == {"./EuroSAT"} and results(tmp_path / "out")[0]["images"] == 6
+
+
 def test_a_row_with_options_of_its_own(root, cdc_json, tmp_path):
     settings = json.dumps({"long CoOp": {"method": "coop", "options": {"n_ctx": 3}, "lr": 0.01}})
     arguments = ("--backbone=bundled", "--methods=[long CoOp]", f"--settings={settings}", "--seeds=[1]", "--shots=1")
