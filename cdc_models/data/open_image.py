@@ -10,7 +10,7 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["MAX_PIXELS", "REASONS", "BadImageError", "open_image"]
+__all__ = ["MAX_PIXELS", "REASONS", "BadImageError", "open_image", "to_rgb"]
 
 MAX_PIXELS = 90_000_000
 """Most pixels that are decoded: above, a JPEG is decoded at a half, a quarter or an eighth, anything else refused."""
@@ -93,7 +93,7 @@ def open_image(path: str | os.PathLike[str], *, orient: bool = True, max_pixels:
                 opened.load()  # of several frames the first: it is the one that is open
                 if orient:
                     _turn_upright(opened)
-                return _to_rgb(opened)
+                return to_rgb(opened)
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
@@ -131,7 +131,7 @@ def _turn_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """An 8-bit RGB copy of a loaded image of any mode."""
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from cdc_models.clip import ClipBackbone
-from cdc_models.data.open_image import _to_rgb
+from cdc_models.data.open_image import to_rgb
 
 __all__ = ["VIEWS", "Views", "test_transform", "train_transform"]
 
@@ -20,7 +20,7 @@ class _ToRgbImage(nn.Module):
 
     def forward(self, image: object) -> Tensor:
         if isinstance(image, Image.Image):
-            return v2.functional.to_image(_to_rgb(image))
+            return v2.functional.to_image(to_rgb(image))
         tensor = v2.functional.to_image(image)
         if tensor.shape[-3] != 3:
             raise ValueError(

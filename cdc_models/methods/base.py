@@ -16,7 +16,7 @@ from cdc_models.clip import ClipBackbone
 from cdc_models.clip.classes import ClassTokens, check_names, tokenize_classes
 from cdc_models.data.transforms import Views
 
-__all__ = ["Method", "Prediction", "SoftmaxMethod", "as_targets", "bounded_temperature", "zero_shot_features"]
+__all__ = ["Method", "Prediction", "SoftmaxMethod", "as_targets", "bounded_temperature"]
 
 _MAX_LOG_TEMPERATURE = math.log(100.0)
 
@@ -52,13 +52,6 @@ class Prediction:
 def bounded_temperature(log_temperature: Tensor) -> Tensor:
     """exp, kept within 1/100 to 100: for answers worse than chance the best temperature is infinite and ties them."""
     return log_temperature.clamp(-_MAX_LOG_TEMPERATURE, _MAX_LOG_TEMPERATURE).exp()
-
-
-def zero_shot_features(backbone: ClipBackbone, names: Sequence[str], template: str) -> Tensor:
-    """Unnormalised text features [K, D] of hand-crafted prompts."""
-    texts = [template.replace("{}", n.replace("_", " ")) for n in names]
-    with torch.inference_mode(False), torch.no_grad():
-        return backbone.encode_text(backbone.tokenize(texts)).float()
 
 
 @dataclass
