@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -44,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # jsonargparse wants a value for a boolean; a bare switch means yes.
     given = [f"{argument}=true" if argument in SWITCHES else argument for argument in given]
     try:
-        _run(COMMANDS, _fill(_new("cdc", EXIT), COMMANDS).parse_args(given))
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            _run(COMMANDS, _fill(_new("cdc", EXIT), COMMANDS).parse_args(given))
     except ArgumentError as error:
         _end(2, " ".join(str(error).split()))
     except KeyboardInterrupt as stop:
@@ -53,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(2, error)
     except (RunFailed, OSError) as error:
         _end(1, error)
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning is a sentence on stderr, without the line of code that gave it."""
+    print(f"cdc: warning: {message}", file=sys.stderr)
 
 
 def _end(status: int, message: object) -> None:

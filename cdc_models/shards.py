@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
@@ -146,6 +147,8 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
             kinds["template_uncertainty"] = arrow.list_(arrow.float32())
             schema = arrow.schema([(name, kinds.get(name, arrow.float32())) for name in COLUMNS])
             arrow.parquet.write_table(arrow.Table.from_pylist(list(rows), schema), beside)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
