@@ -251,6 +251,9 @@ def markdown(reports: Sequence[Report]) -> str:
         cells = []
         for target in TARGETS:
             them = by_target.get(target, [])
+            if not them:  # a part of the table
+                cells.append("")
+                continue
             figures = (
                 f"{max(r.registers for r in them)} / {max(r.stack for r in them)} / {max(r.shared for r in them)}"
                 f" / {min(r.matrix_instructions for r in them)}"
