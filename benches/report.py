@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -125,7 +126,7 @@ def measure(shape: Shape, operation: str, arguments: argparse.Namespace, dtype: 
         errors[name] = error
         print(f"  {name}: {'floor' if error is None else f'agrees with float64 to {error:.1e}'}", flush=True)
     del exact
-    calls = {name: lambda way=way: way(*inputs) for name, way in found.items()}
+    calls = {name: partial(way, *inputs) for name, way in found.items()}
     rounds = 1 if arguments.tiny else 5
     times = time_interleaved(calls, arguments.device, arguments.seconds, rounds, wall=shape.name == "S4")
     forget_kept_memory()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from statistics import median
 from typing import Any
@@ -22,7 +22,7 @@ MOST_ROUNDS = 100
 
 
 def time_interleaved(
-    calls: dict[str, Call], device: str, seconds: float, rounds: int = 5, wall: bool = False
+    calls: Mapping[str, Call], device: str, seconds: float, rounds: int = 5, wall: bool = False
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, round by round: all calls once, then all again, in turned order, for ``seconds``
     and at least ``rounds``.
@@ -90,7 +90,7 @@ def ratios(times: list[float], baseline: list[float]) -> float:
     return median(a / b for a, b in zip(times, baseline, strict=False))
 
 
-def peak_memory(calls: dict[str, Call], device: str) -> dict[str, tuple[int, int]]:
+def peak_memory(calls: Mapping[str, Call], device: str) -> dict[str, tuple[int, int]]:
     """Of each call: most bytes it held at once beyond what existed before it, and bytes of what it returns.
 
     On a GPU the allocator's own statistics. On a CPU every allocation and release of PyTorch's allocator, as the

@@ -166,7 +166,8 @@ def chunked_with_gradients(loss: Loss) -> Way:
 
 def chunked_mean(loss: Loss) -> Way:
     def whole(image: Tensor, text: Tensor, target: Tensor) -> Outputs:
-        return (sum(loss(x, text, y) * (len(x) / len(image)) for x, y in pieces(image, target)),)  # type: ignore[return-value]
+        parts = [loss(x, text, y) * (len(x) / len(image)) for x, y in pieces(image, target)]
+        return (torch.stack(parts).sum(),)
 
     return whole
 
@@ -297,11 +298,11 @@ def ways(shape: Shape, operation: str, device: str, compiled: bool = True) -> tu
 
 def add_peers(found: dict[str, Way], left_out: dict[str, str], finish: Callable[[Loss], Way], device: str) -> None:
     """Other libraries' fused linear cross-entropies, where they are installed and run."""
-    if hasattr(F, "linear_cross_entropy"):
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["F.linear_cross_entropy"] = finish(torch_linear_cross_entropy(False))
         found["F.linear_cross_entropy, chunked"] = finish(torch_linear_cross_entropy(True))
     else:
-        left_out["F.linear_cross_entropy"] = f"PyTorch {torch.__version__} has none; 2.13 does"
+        left_out["F.linear_cross_entropy"] = f"PyTorch {torch.__version__} has none with chunks"
     for name, module, loss in (
         ("cut-cross-entropy", "cut_cross_entropy", cut_cross_entropy),
         ("Liger", "liger_kernel", liger_cross_entropy),
