@@ -82,7 +82,7 @@ def compare(reports):
 
 SAMPLE = {
     "cuda80": ["forward/loss digamma, log/bf16/cuda80", "epilogue/opinion/*/cuda80"],
-    "cuda90": ["forward/opinion/bf16/cuda90", "slope/loss digamma, log/bf16/cuda90", "project/*/cuda90"],
+    "cuda90": ["forward/opinion/bf16/cuda90", "slope/loss digamma, log/bf16/cuda90", "project//*/cuda90"],
     "gfx942": ["text/loss digamma, log/bf16/gfx942", "fuse_forward/dempster/*/gfx942"],
 }
 
