@@ -92,6 +92,7 @@ def fuse_evidence(
 
     Raises:
         ValueError: evidence negative, not finite or without classes; dim, rule or prior_weight not as above.
+        NotImplementedError: as :func:`fused_opinion`.
 
     Source: Dempster's rule: Shafer 1976; the closed form is checked against the pairwise rule of Han et al.,
     ICLR 2021 and against py-dempster-shafer in the tests. Weighted: van der Heijden, Kopp, Kargl, "Multi-source
