@@ -141,26 +141,26 @@ def prior_weight(value: object, classes: int) -> float:
     return float(classes) if value is None else number("prior_weight", value, low=0.0, open_low=True)
 
 
-def evidence(x: object, shape: str = "[..., K]") -> Tensor:
-    """Evidence: floating, at least one class, finite and not negative."""
-    x = floating("evidence", x, shape)
+def evidence(x: object, shape: str = "[..., K]", name: str = "evidence") -> Tensor:
+    """Evidence, or its log ratio: floating, at least one class, finite and not negative."""
+    x = floating(name, x, shape)
     if x.dim() < 1 or x.shape[-1] == 0:
-        raise ValueError(f"evidence must have shape {shape} with at least one class; got {came(x)}")
-    nonnegative("evidence", x)
+        raise ValueError(f"{name} must have shape {shape} with at least one class; got {came(x)}")
+    nonnegative(name, x)
     return x
 
 
-def source_dim(x: Tensor, dim: object) -> int:
+def source_dim(x: Tensor, dim: object, name: str = "evidence") -> int:
     """The dimension to fuse over, as a non-negative index: any but the last, which holds the classes."""
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim must be a dimension of evidence; got {dim!r} for {came(x)}")
+        raise ValueError(f"dim must be a dimension of {name}; got {dim!r} for {came(x)}")
     dim %= x.dim()
     if dim == x.dim() - 1:
         raise ValueError(
-            f"dim must not be the last dimension of evidence, which holds the classes; got {dim} for {came(x)}"
+            f"dim must not be the last dimension of {name}, which holds the classes; got {dim} for {came(x)}"
         )
     if x.shape[dim] == 0:
-        raise ValueError(f"evidence must hold at least one opinion along dim {dim}; got {came(x)}")
+        raise ValueError(f"{name} must hold at least one opinion along dim {dim}; got {came(x)}")
     return dim
 
 

@@ -29,14 +29,18 @@ def fuse_log_ratio(log_ratio: Tensor, dim: int, rule: str = "dempster") -> Tenso
         The fused opinion's log ratio, shape of ``log_ratio`` without ``dim``.
 
     Raises:
-        ValueError: dim or rule not as above.
+        ValueError: log_ratio negative, not finite or without classes; dim or rule not as above.
 
     >>> fuse_log_ratio(torch.tensor([[200.0, 0.0], [100.0, 1.0]]), dim=0)  # evidence of e^300: fine
     tensor([300.,   1.])
     """
     checks.one_of("rule", rule, RULES)
-    log_ratio = at_least_float32(checks.floating("log_ratio", log_ratio, "[..., M, ..., K]"))
-    dim = checks.source_dim(log_ratio, dim)
+    log_ratio = at_least_float32(checks.evidence(log_ratio, "[..., M, ..., K]", "log_ratio"))
+    return fused_log_ratio(log_ratio, checks.source_dim(log_ratio, dim, "log_ratio"), rule)
+
+
+def fused_log_ratio(log_ratio: Tensor, dim: int, rule: str) -> Tensor:
+    """:func:`fuse_log_ratio` of arguments that are known to be right."""
     if rule == "dempster":
         return log_ratio.sum(dim)
     if rule == "cumulative":
@@ -92,6 +96,7 @@ def fuse_evidence(
 
     Raises:
         ValueError: evidence negative, not finite or without classes; dim, rule or prior_weight not as above.
+        NotImplementedError: as :func:`fused_opinion`.
 
     Source: Dempster's rule: Shafer 1976; the closed form is checked against the pairwise rule of Han et al.,
     ICLR 2021 and against py-dempster-shafer in the tests. Weighted: van der Heijden, Kopp, Kargl, "Multi-source
@@ -108,7 +113,7 @@ def fuse_evidence(
     if triton is not None:
         return triton.fuse_evidence(evidence, dim, rule, W)
     e = at_least_float32(evidence)
-    return evidence_from_log_ratio(fuse_log_ratio(torch.log1p(e / W), dim, rule), W)
+    return evidence_from_log_ratio(fused_log_ratio(torch.log1p(e / W), dim, rule), W)
 
 
 def conflict(evidence: Tensor, dim: int, prior_weight: float | None = None) -> Tensor:

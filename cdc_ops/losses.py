@@ -73,6 +73,7 @@ def evidential_cross_entropy(
     Raises:
         ValueError: as :func:`fused_opinion`; target of another shape, not integer or out of range; a weight
             negative or not finite; unknown form or reduction; reduction "mean" of an empty batch.
+        NotImplementedError: as :func:`fused_opinion`.
 
     Source: Sensoy et al., NeurIPS 2018 (equations 3 to 5 and the KL); the sum over views and the fused opinion:
     Han et al., ICLR 2021. That CDC's trusted cross-entropy has this shape is **our reading**.
@@ -152,6 +153,7 @@ def decoupling_loss(text: Tensor, kind: str = "cosine", *, backend: str | None =
 
     Raises:
         ValueError: text of another shape, empty, not floating or not finite; unknown kind.
+        NotImplementedError: as :func:`fused_opinion`.
 
     Source: **our reading** of CDC's decoupling loss (Zhang et al., NeurIPS 2024); not the paper's formula.
 

@@ -43,12 +43,21 @@ class Opinion:
             ValueError: evidence negative, not finite or without classes; prior_weight not above 0.
         """
         e = at_least_float32(checks.evidence(evidence))
-        log_ratio = torch.log1p(e / checks.prior_weight(prior_weight, e.shape[-1]))
-        return cls.from_log_ratio(log_ratio, prior_weight)
+        return cls._from_log_ratio(torch.log1p(e / checks.prior_weight(prior_weight, e.shape[-1])), prior_weight)
 
     @classmethod
     def from_log_ratio(cls, log_ratio: Tensor, prior_weight: float | None = None) -> Opinion:
-        """The opinion with log ratio ``l = ln(1 + e / W)`` [..., K]: evidence of any size."""
+        """The opinion with log ratio ``l = ln(1 + e / W)`` [..., K]: evidence of any size.
+
+        Raises:
+            ValueError: log_ratio negative, not finite or without classes; prior_weight not above 0.
+        """
+        log_ratio = at_least_float32(checks.evidence(log_ratio, name="log_ratio"))
+        checks.prior_weight(prior_weight, log_ratio.shape[-1])
+        return cls._from_log_ratio(log_ratio, prior_weight)
+
+    @classmethod
+    def _from_log_ratio(cls, log_ratio: Tensor, prior_weight: float | None) -> Opinion:
         log_partition = log_row_sum(log_ratio)
         return cls(belief_of(log_ratio, log_partition), torch.exp(-log_partition), prior_weight)
 

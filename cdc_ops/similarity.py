@@ -165,6 +165,8 @@ def fused_opinion(
     Raises:
         ValueError: shapes that do not fit, no class or prompt, features not floating or not finite, mixed
             devices, unknown activation, rule or backend. Which value checks cost what: :class:`value_checks`.
+        NotImplementedError: in a backward pass with ``create_graph=True``; only backend "reference" has second
+            derivatives.
 
     Source: opinions: Sensoy et al., NeurIPS 2018; Dempster fusion of views: Han et al., ICLR 2021, here in
     closed form (design.md 4.1). That CDC fuses its prompts this way: Zhang et al., NeurIPS 2024.

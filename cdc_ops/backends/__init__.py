@@ -8,6 +8,8 @@ A backend is a module with
 
 all differentiable in image, text, scale and bias (fused_topk need not be: nothing trains through it), all
 computed in the problem's dtype. Arguments arrive checked, so a backend holds arithmetic and nothing else.
+
+Only "reference" has second derivatives; the others refuse them, in the backward pass that would have to record them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,14 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not impor
 
 class BackendUnavailableError(ValueError):
     """The backend asked for exists but cannot run here."""
+
+
+def refuse_second_derivatives(backend: str) -> None:
+    """To be called in a backward pass written by hand: autograd would take what it computes for constants."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"backend={backend!r} has no second derivatives, which create_graph=True asks for; use backend='reference'"
+        )
 
 
 @dataclass(frozen=True)

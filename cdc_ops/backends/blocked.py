@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cdc_ops.backends import LossForm, Problem
+from cdc_ops.backends import LossForm, Problem, refuse_second_derivatives
 from cdc_ops.backends.blocks import EPS, LOG, LOG1P, Block, Blocks, Fusion, exp_, spans
 from cdc_ops.dirichlet import RowSums, loss_from_row_sums
 from cdc_ops.fusion import confidence_weight
@@ -216,10 +215,10 @@ class RowSumsFunction(torch.autograd.Function):
         return log_ratio, *results
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, g_ratio: Tensor | None, g_total: Tensor, g_target: Tensor, g_square: Tensor, g_kl: Tensor
     ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("blocked")
         image, _, _, _, total, log_target, log_square = ctx.saved_tensors
         blocks = Blocks(ctx.problem, image)
         slopes = RowSlopes(blocks, ctx.sums, total, log_target, log_square, g_total, g_target, g_square, g_kl)

@@ -7,7 +7,7 @@ from torch import Tensor
 from cdc_ops.backends import LossForm, Problem
 from cdc_ops.dirichlet import dirichlet_loss
 from cdc_ops.evidence import log_ratio_from_logits
-from cdc_ops.fusion import fuse_log_ratio
+from cdc_ops.fusion import fused_log_ratio
 from cdc_ops.special import log_row_sum
 
 
@@ -26,7 +26,7 @@ def prompt_log_ratio(problem: Problem) -> Tensor:
 def fused_opinion(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`cdc_ops.backends`."""
     prompts = prompt_log_ratio(problem)
-    fused = fuse_log_ratio(prompts, 1, problem.rule)
+    fused = fused_log_ratio(prompts, 1, problem.rule)
     return fused, log_row_sum(fused), log_row_sum(prompts)
 
 
@@ -40,7 +40,7 @@ def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """See :mod:`cdc_ops.backends`."""
     prompts = prompt_log_ratio(problem)
-    fused = fuse_log_ratio(prompts, 1, problem.rule)
+    fused = fused_log_ratio(prompts, 1, problem.rule)
     each = target.unsqueeze(1).expand(prompts.shape[:2])
     by_prompt = dirichlet_loss(prompts, each, problem.prior_weight, loss.form, loss.kl_weight).sum(1)
     together = dirichlet_loss(fused, target, problem.prior_weight, loss.form, loss.kl_weight)

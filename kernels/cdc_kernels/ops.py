@@ -6,6 +6,7 @@ region neither lowers nor raises anything here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ INPUTS = (
     "Tensor image, Tensor text, Tensor scale, Tensor? bias, Tensor? image_inverse, Tensor? text_inverse, "
     "Tensor? weight, Tensor? target, str activation, str rule, float prior_weight, bool square, bool kl"
 )
+
+
+def _register_gradient(op: Any, backward: Callable[..., Any], save: Callable[..., None]) -> None:
+    """First derivatives of ``op``. The kernels of a backward pass are constants to autograd, so it is not recorded."""
+
+    def once(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "backend='triton' has no second derivatives, which create_graph=True asks for; use backend='reference'"
+            )
+        return backward(ctx, *grads)
+
+    op.register_autograd(once, setup_context=save)
 
 
 @torch.library.custom_op(
@@ -93,7 +107,7 @@ def _backward(ctx: Any, g_ratio: Tensor | None, g_sums: Tensor | None) -> tuple[
     )
 
 
-row_sums.register_autograd(_backward, setup_context=_save)
+_register_gradient(row_sums, _backward, _save)
 
 
 @torch.library.custom_op("cdc_kernels::row_loss", mutates_args=())
@@ -117,7 +131,7 @@ def _backward_row_loss(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor
     return by_sums * grad, None, None, None, None
 
 
-row_loss.register_autograd(_backward_row_loss, setup_context=_save_row_loss)
+_register_gradient(row_loss, _backward_row_loss, _save_row_loss)
 
 
 @torch.library.custom_op(
@@ -173,7 +187,7 @@ def _backward_evidence(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return fuse_evidence_backward(evidence, grad, ctx.rule, ctx.prior_weight), None, None
 
 
-fuse_evidence.register_autograd(_backward_evidence, setup_context=_save_evidence)
+_register_gradient(fuse_evidence, _backward_evidence, _save_evidence)
 
 
 @torch.library.custom_op("cdc_kernels::decoupling", mutates_args=())
@@ -208,4 +222,4 @@ def _backward_text(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return decoupling_backward(text, grad, ctx.squared), None
 
 
-decoupling.register_autograd(_backward_text, setup_context=_save_text)
+_register_gradient(decoupling, _backward_text, _save_text)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 triton = pytest.importorskip("triton")
 
@@ -133,6 +134,39 @@ def test_operations_on_ready_made_tensors_compiled_by_inductor_twice(backend):
         torch.testing.assert_close(mine, right)
         for a, b in zip(torch.autograd.grad(mine, [e, t]), right_gradients, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def row_loss_of(sums, backend):
+    return ops.row_loss(sums, 5, 5.0, "log", 0.0)[0].sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x, backend: fused_opinion(x, torch.eye(3, 6)[None], scale=1.0, backend=backend).prob.sum(), (2, 6)),
+        (lambda e, backend: fuse_evidence(e, 1, "weighted", backend=backend).sum(), (2, 3, 5)),
+        (lambda t, backend: decoupling_loss(t, backend=backend), (2, 3, 4)),
+        (row_loss_of, (4, 3, 2)),
+    ],
+)
+def test_second_derivatives_are_refused_in_one_sentence(function, shape):
+    x = torch.rand(shape, requires_grad=True)
+    torch.autograd.grad(function(x, "triton"), x)
+    with pytest.raises(NotImplementedError, match="'triton' has no second derivatives.*backend='reference'"):
+        torch.autograd.grad(function(x, "triton"), x, create_graph=True)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_nothing(use_reentrant):
+    x, t, *_ = inputs()
+
+    def loss(t):
+        return evidential_cross_entropy(x, t, torch.tensor([1, 4]), scale=2.0, backend="triton")
+
+    (right,) = torch.autograd.grad(loss(t), t)
+    again = t.detach().clone().requires_grad_()
+    checkpoint(loss, again, use_reentrant=use_reentrant).backward()
+    assert torch.equal(again.grad, right)
 
 
 def test_autocast_changes_nothing():

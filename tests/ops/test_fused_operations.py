@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from cdc_ops import (
     BackendUnavailableError,
@@ -232,6 +233,41 @@ def test_only_the_gradients_asked_for(backend, wanted):
     loss(*inputs).backward()
     torch.testing.assert_close(inputs[wanted].grad, expected)
     assert all(x.grad is None for i, x in enumerate(inputs) if i != wanted)
+
+
+@pytest.mark.parametrize("operation", ["opinion", "loss"])
+@pytest.mark.parametrize("rule", ["dempster", "weighted"])
+@pytest.mark.parametrize("wanted", ["image", "scale"])
+def test_second_derivatives_are_right_or_refused(operation, rule, wanted):
+    """Reference has them; blocked, whose backward pass autograd cannot see into, must not make some up."""
+    image, text = features(3, 2, 4, 3)
+    leaves = {"image": image, "scale": torch.tensor([1.5, 2.0], dtype=f64)}
+
+    def function(x, backend):
+        mine = leaves | {wanted: x}
+        kwargs = {"scale": mine["scale"], "rule": rule, "backend": backend}
+        if operation == "opinion":
+            return fused_opinion(mine["image"], text, **kwargs).log_ratio.square().sum()
+        return evidential_cross_entropy(mine["image"], text, torch.tensor([0, 3, 1]), **kwargs)
+
+    x = leaves[wanted].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: function(x, "reference"), x)
+    with pytest.raises(NotImplementedError, match="'blocked' has no second derivatives.*backend='reference'"):
+        torch.autograd.grad(function(x, "blocked"), x, create_graph=True)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_nothing(use_reentrant):
+    image, text = features(3, 2, 4, 3)
+    y = torch.tensor([0, 3, 1])
+
+    def loss(t):
+        return evidential_cross_entropy(image, t, y, scale=2.0, backend="blocked")
+
+    once, again = text.clone().requires_grad_(), text.clone().requires_grad_()
+    loss(once).backward()
+    checkpoint(loss, again, use_reentrant=use_reentrant).backward()
+    assert torch.equal(once.grad, again.grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
