@@ -40,6 +40,8 @@ def compare(e, compute):
 )  # fmt: skip
 def test_evidence_is_fused_as_by_the_reference(batch, M, K, rule, size, dtype, layout, data):
     dim = data.draw(st.integers(0, len(batch)))
+    if dtype == torch.float16:
+        size = min(size, 1.0)  # gradients are products of M - 1 evidences: float16 ends at 65504
     shape = [*batch[:dim], M, *batch[dim:], K]
     e = (size * torch.rand(shape, generator=torch.Generator().manual_seed(M + 10 * K))).to(dtype).to(DEVICE)
     if layout == "transposed":
