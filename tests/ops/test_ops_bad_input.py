@@ -65,7 +65,15 @@ SHARED = {
     "scale is a word": ({"scale": "100"}, r"scale must be a number.*\[2\].*got '100'"),
     "scale is a flag": ({"scale": True}, r"scale must be a number.*got True"),
     "scale not finite": ({"scale": nan}, r"scale must be a number.*finite.*nan"),
-    "scale tensor not finite": ({"scale": torch.tensor([1.0, inf])}, r"scale must be finite"),
+    "scale tensor not finite": ({"scale": torch.tensor([1.0, inf])}, r"scale must be a number.*finite.*size of inf"),
+    "scale tensor not a number": ({"scale": torch.tensor([nan, 1.0])}, r"scale must be a number.*finite.*size of nan"),
+    "scale too large": ({"scale": 1e38}, r"scale must be a number.*within 2\^100; got 1e\+38"),
+    "scale beyond float32": ({"scale": 1e300}, r"scale must be a number.*within 2\^100; got 1e\+300"),
+    "scale beyond all floats": ({"scale": 10**400}, r"scale must be a number.*within 2\^100; got 1000"),
+    "scale tensor too large": ({"scale": torch.tensor(-1e38)}, r"scale must be a number.*got a size of 1e\+38 in"),
+    "bias too large": ({"bias": -1e38}, r"bias must be a number.*within 2\^100; got -1e\+38"),
+    "image too long": ({"image": image() * 1e20}, r"image must have lengths within float32; got 3 whose.*overflows"),
+    "text too long": ({"text": text() * 1e25}, r"text must have lengths within float32; got 8 whose length overflows"),
     "scale of another M": ({"scale": torch.ones(3)}, r"scale must be.*shape \[2\].*got.*\[3\]"),
     "scale is integer tensor": ({"scale": torch.ones(2, dtype=torch.long)}, r"scale must be.*int64"),
     "bias of another M": ({"bias": torch.zeros(3)}, r"bias must be.*shape \[2\].*got.*\[3\]"),
@@ -199,6 +207,15 @@ OTHERS = {
         lambda: cdc_ops.decoupling_loss(text(), "l2"),
         r"kind must be one of 'cosine', 'cosine_squared'",
     ),
+    "decoupling too long": (lambda: cdc_ops.decoupling_loss(text() * 1e25), r"text must have lengths within float32"),
+    "consistency too long": (
+        lambda: cdc_ops.consistency_loss(text(), text()[0] * 1e25),
+        r"anchor must have lengths within float32",
+    ),
+    "consistency text too long": (
+        lambda: cdc_ops.consistency_loss(text() * 1e25, text()[0]),
+        r"text must have lengths within float32",
+    ),
     "decoupling not finite": (lambda: cdc_ops.decoupling_loss(spoiled(text(), nan)), r"text must be finite"),
     "consistency anchor": (lambda: cdc_ops.consistency_loss(text(), image(K, 3)), r"anchor must have shape \[4, 5\]"),
     "consistency not finite": (
@@ -265,6 +282,20 @@ def test_huge_but_finite_features_are_accepted():
     huge = torch.full((B, D), 3e38)
     assert cdc_ops.fused_opinion(huge, text(), scale=1.0, normalize=False).belief.shape == (B, K)
     assert cdc_ops.evidence_from_logits(huge).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_the_longest_features_and_largest_scale_that_are_accepted_count(backend):
+    x, t = torch.randn(B, D), torch.randn(M, K, D)
+    mine = cdc_ops.fused_opinion(x * 1e18, t * 1e18, scale=5.0, backend=backend).prob
+    torch.testing.assert_close(mine, cdc_ops.fused_opinion(x, t, scale=5.0, backend=backend).prob)
+    long = x.double() * 1e100
+    torch.testing.assert_close(cdc_ops.fused_opinion(long, t, scale=5.0, backend=backend).prob.float(), mine)
+    for form in ("digamma", "log", "mse"):
+        scale = torch.tensor(2.0**100, requires_grad=True)
+        loss = cdc_ops.evidential_cross_entropy(x, t, y, scale=scale, form=form, kl_weight=1.0, backend=backend)
+        loss.backward()
+        assert loss.isfinite() and scale.grad.isfinite()
 
 
 def test_value_checks_can_be_switched_off_and_come_back():
