@@ -74,6 +74,8 @@ def floating(name: str, x: object, shape: str) -> Tensor:
         raise ValueError(f"{name} must be a floating-point tensor of shape {shape}; got {type(x).__name__} {x!r:.60}")
     if not x.dtype.is_floating_point:
         raise ValueError(f"{name} must be a floating-point tensor of shape {shape}; got {came(x)}")
+    if x.layout != torch.strided or x.dtype.itemsize < 2:
+        raise ValueError(f"{name} must be dense, of at least 16 bits a number; got {x.layout} in {came(x)}")
     return x
 
 
@@ -127,16 +129,19 @@ def within(name: str, x: Tensor, low: float, high: float) -> None:
 
 
 def number(name: str, value: object, *, low: float = -math.inf, open_low: bool = False) -> float:
-    """``value`` is a finite number, at least (or above) ``low``."""
+    """``value`` is a finite number, at least (or above) ``low``, that float32 holds with room for sums."""
     want = "a finite number" + (f" {'>' if open_low else '>='} {low:g}" if low > -math.inf else "")
-    if isinstance(value, Tensor) and value.dim() == 0:
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be {want}; got {came(value)}")
-    value = float(value)
-    if not math.isfinite(value) or value < low or (open_low and value == low):
-        raise ValueError(f"{name} must be {want}; got {value!r}")
-    return value
+    size = _as_float(value)
+    if not math.isfinite(size) or size < low or (open_low and size == low):
+        raise ValueError(f"{name} must be {want}; got {came(value)}")
+    if abs(size) > LARGEST or (open_low and size - low < 1 / LARGEST):
+        room = "between 2^-100 and 2^100" if open_low else "within 2^100"
+        raise ValueError(f"{name} must be {want}, {room}; got {size!r}")
+    return size
 
 
 def prior_weight(value: object, classes: int) -> float:
@@ -229,7 +234,7 @@ def per_prompt(name: str, value: object, prompts: int, dtype: torch.dtype, devic
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point or list(value.shape) not in ([], [1], [prompts]):
             raise ValueError(f"{name} must be {want}; got {came(value)}")
-        if value.dim() and value.device != device:
+        if (value.dim() or value.is_meta) and value.device != device:
             raise ValueError(f"{name} must be on the device of image, {device}; got {came(value)}")
         if _may_read(value) and not (size := float(value.detach().abs().amax())) <= LARGEST:  # also for nan
             raise ValueError(f"{name} must be {want}; got a size of {size:g} in {came(value)}")

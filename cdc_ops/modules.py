@@ -115,7 +115,7 @@ def _per_prompt(name: str, value: float | list[float] | Tensor, prompts: int) ->
     if not isinstance(value, Tensor):
         try:
             value = torch.tensor(value, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             raise ValueError(f"{name} must be a number or {prompts} numbers; got {value!r}") from None
     return checks.per_prompt(name, value.detach(), prompts, torch.float32, value.device).clone()
 

@@ -78,6 +78,19 @@ SHARED = {
     "scale is integer tensor": ({"scale": torch.ones(2, dtype=torch.long)}, r"scale must be.*int64"),
     "bias of another M": ({"bias": torch.zeros(3)}, r"bias must be.*shape \[2\].*got.*\[3\]"),
     "bias elsewhere": ({"bias": torch.zeros(2, device=meta)}, r"bias must be on the device of image"),
+    "scale elsewhere": ({"scale": torch.tensor(1.0, device=meta)}, r"scale must be on the device of image, cpu"),
+    "image is sparse": ({"image": image().to_sparse()}, r"image must be dense.*got torch.sparse_coo in"),
+    "text in 8 bits": ({"text": text().to(torch.float8_e4m3fn)}, r"text must be.*at least 16 bits.*float8_e4m3fn"),
+    "prior weight beyond all floats": (
+        {"prior_weight": 10**400},
+        r"prior_weight must be a finite number > 0; got 1000",
+    ),
+    "prior weight huge": (
+        {"prior_weight": 1e300},
+        r"prior_weight must be.*between 2\^-100 and 2\^100; got 1e\+300",
+    ),
+    "prior weight tiny": ({"prior_weight": 1e-300}, r"prior_weight must be.*between 2\^-100 and 2\^100.*got 1e-300"),
+    "prior weight elsewhere": ({"prior_weight": torch.ones((), device=meta)}, r"prior_weight must be.*on meta"),
     "unknown activation": (
         {"activation": "sigmoid"},
         r"activation must be one of 'exp', 'softplus', 'relu'.*'sigmoid'",
@@ -124,6 +137,7 @@ LOSS = {
     "unknown reduction": ({"reduction": "avg"}, r"reduction must be one of 'mean', 'sum', 'none'; got 'avg'"),
     "kl weight negative": ({"kl_weight": -0.1}, r"kl_weight must be a finite number >= 0; got -0.1"),
     "prompt weight not finite": ({"prompt_weight": nan}, r"prompt_weight must be a finite number >= 0"),
+    "kl weight huge": ({"kl_weight": 1e300}, r"kl_weight must be a finite number >= 0, within 2\^100; got 1e\+300"),
     "fused weight a word": ({"fused_weight": "1"}, r"fused_weight must be a finite number >= 0; got '1'"),
 }
 
@@ -149,6 +163,8 @@ OTHERS = {
     "opinion no classes": (lambda: Opinion.from_evidence(e[:, :0]), r"evidence must have.*at least one class"),
     "opinion scalar": (lambda: Opinion.from_evidence(torch.tensor(1.0)), r"evidence must have.*at least one class"),
     "opinion prior weight": (lambda: Opinion.from_evidence(e, -2), r"prior_weight must be"),
+    "opinion sparse": (lambda: Opinion.from_evidence(e.to_sparse()), r"evidence must be dense"),
+    "opinion in 8 bits": (lambda: Opinion.from_evidence(e.to(torch.float8_e5m2)), r"evidence must be.*16 bits"),
     "fuse the classes": (lambda: cdc_ops.fuse_evidence(e, 1), r"dim must not be the last dimension"),
     "fuse the classes, counted back": (lambda: cdc_ops.fuse_evidence(e, -1), r"dim must not be the last"),
     "fuse out of range": (lambda: cdc_ops.fuse_evidence(e, 2), r"dim must be a dimension of evidence; got 2"),
@@ -234,6 +250,8 @@ OTHERS = {
     "head scale": (lambda: EvidenceHead(2, scale=-1.0), r"scale must be > 0"),
     "head scales": (lambda: EvidenceHead(2, scale=[1.0, 2.0, 3.0]), r"scale must be.*\[2\].*\[3\]"),
     "head bias": (lambda: EvidenceHead(2, bias="low"), r"bias must be a number or 2 numbers; got 'low'"),
+    "head scale beyond all floats": (lambda: EvidenceHead(2, scale=10**400), r"scale must be a number or 2 numbers"),
+    "consistency tiny temperature": (lambda: ConsistencyLoss(1e-300), r"temperature must be.*2\^-100"),
     "head activation": (lambda: EvidenceHead(2, activation="gelu"), r"activation must be one of"),
     "head rule": (lambda: EvidenceHead(2, rule="max"), r"rule must be one of"),
     "head prior weight": (lambda: EvidenceHead(2, prior_weight=-1), r"prior_weight must be a finite number > 0; got"),
