@@ -18,6 +18,9 @@ from torch import Tensor
 
 _values_checked = True
 
+#: The largest scale, bias or weight: sums of such logits over prompts, classes and images stay finite in float32.
+LARGEST = 2.0**100
+
 
 class value_checks:
     """Switch the checks that read tensor values on or off, for good or inside a ``with`` block.
@@ -56,7 +59,7 @@ def came(x: object) -> str:
     """How an argument is described in an error message."""
     if isinstance(x, Tensor):
         return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {list(x.shape)} on {x.device}"
-    return repr(x)
+    return f"{x!r:.60}"
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -71,6 +74,8 @@ def floating(name: str, x: object, shape: str) -> Tensor:
         raise ValueError(f"{name} must be a floating-point tensor of shape {shape}; got {type(x).__name__} {x!r:.60}")
     if not x.dtype.is_floating_point:
         raise ValueError(f"{name} must be a floating-point tensor of shape {shape}; got {came(x)}")
+    if x.layout != torch.strided or x.dtype.itemsize < 2:
+        raise ValueError(f"{name} must be dense, of at least 16 bits a number; got {x.layout} in {came(x)}")
     return x
 
 
@@ -124,16 +129,19 @@ def within(name: str, x: Tensor, low: float, high: float) -> None:
 
 
 def number(name: str, value: object, *, low: float = -math.inf, open_low: bool = False) -> float:
-    """``value`` is a finite number, at least (or above) ``low``."""
+    """``value`` is a finite number, at least (or above) ``low``, that float32 holds with room for sums."""
     want = "a finite number" + (f" {'>' if open_low else '>='} {low:g}" if low > -math.inf else "")
-    if isinstance(value, Tensor) and value.dim() == 0:
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be {want}; got {came(value)}")
-    value = float(value)
-    if not math.isfinite(value) or value < low or (open_low and value == low):
-        raise ValueError(f"{name} must be {want}; got {value!r}")
-    return value
+    size = _as_float(value)
+    if not math.isfinite(size) or size < low or (open_low and size == low):
+        raise ValueError(f"{name} must be {want}; got {came(value)}")
+    if abs(size) > LARGEST or (open_low and size - low < 1 / LARGEST):
+        room = "between 2^-100 and 2^100" if open_low else "within 2^100"
+        raise ValueError(f"{name} must be {want}, {room}; got {size!r}")
+    return size
 
 
 def prior_weight(value: object, classes: int) -> float:
@@ -191,7 +199,7 @@ def text_features(name: str, x: object) -> Tensor:
 
 
 def finite_lengths(name: str, x: Tensor) -> Tensor | None:
-    """As :func:`finite`, by way of the lengths of the rows, which are handed back (None when nothing was read)."""
+    """``x`` and the lengths of its rows are finite; hands the lengths back (None when nothing was read)."""
     if not _may_read(x):
         return None
     with torch.no_grad():
@@ -199,6 +207,11 @@ def finite_lengths(name: str, x: Tensor) -> Tensor | None:
         lengths = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=dtype)
         if not math.isfinite(lengths.sum().item()):
             finite(name, x)
+            if long := int(lengths.isinf().sum()):
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{name} must have lengths within {kind}; got {long} whose length overflows in {came(x)}"
+                )
         return lengths
 
 
@@ -217,14 +230,23 @@ def features(image: object, text: object) -> tuple[Tensor, Tensor]:
 
 def per_prompt(name: str, value: object, prompts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number, a scalar tensor or one value per prompt, as a tensor [M]; gradients flow through."""
-    want = f"a number, a scalar tensor or a tensor of shape [{prompts}]"
+    want = f"a number, a scalar tensor or a tensor of shape [{prompts}], finite and within 2^100"
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point or list(value.shape) not in ([], [1], [prompts]):
-            raise ValueError(f"{name} must be {want}, finite; got {came(value)}")
-        if value.dim() and value.device != device:
+            raise ValueError(f"{name} must be {want}; got {came(value)}")
+        if (value.dim() or value.is_meta) and value.device != device:
             raise ValueError(f"{name} must be on the device of image, {device}; got {came(value)}")
-        finite(name, value)
+        if _may_read(value) and not (size := float(value.detach().abs().amax())) <= LARGEST:  # also for nan
+            raise ValueError(f"{name} must be {want}; got a size of {size:g} in {came(value)}")
         return value.to(device=device, dtype=dtype).expand(prompts)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be {want}, finite; got {came(value)}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(_as_float(value)) <= LARGEST:
+        raise ValueError(f"{name} must be {want}; got {came(value)}")
     return torch.full((prompts,), float(value), dtype=dtype, device=device)
+
+
+def _as_float(value: numbers.Real) -> float:
+    """``float(value)``, and inf for an integer beyond every float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

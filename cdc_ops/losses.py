@@ -143,7 +143,7 @@ def decoupling_loss(text: Tensor, kind: str = "cosine", *, backend: str | None =
     Mean over classes k and prompt pairs m != n of ``cos(t_mk, t_nk)``, or of its square.
 
     Args:
-        text: ``t`` [M, K, D].
+        text: ``t`` [M, K, D]. A length below 1e-12 counts as 1e-12, so that zero features have cosine 0.
         kind: ``"cosine"`` (least at opposite features) or ``"cosine_squared"`` (least at orthogonal ones).
         backend: ``"reference"`` (plain PyTorch), ``"triton"`` (one read of the features, for as many as one program
             holds), or None: triton on a GPU that can run it, else reference.
@@ -152,7 +152,7 @@ def decoupling_loss(text: Tensor, kind: str = "cosine", *, backend: str | None =
         Scalar in [-1, 1]; 0 when M = 1, where there are no pairs.
 
     Raises:
-        ValueError: text of another shape, empty, not floating or not finite; unknown kind.
+        ValueError: text of another shape, empty, not floating, not finite or of overflowing length; unknown kind.
         NotImplementedError: as :func:`fused_opinion`.
 
     Source: **our reading** of CDC's decoupling loss (Zhang et al., NeurIPS 2024); not the paper's formula.
@@ -162,7 +162,7 @@ def decoupling_loss(text: Tensor, kind: str = "cosine", *, backend: str | None =
     """
     checks.one_of("kind", kind, KINDS)
     text = checks.text_features("text", text)
-    checks.finite("text", text)
+    checks.finite_lengths("text", text)
     M, K, _ = text.shape
     pairs = max(1, K * M * (M - 1) // 2)
     triton = kernels(backend, text)
@@ -182,7 +182,7 @@ def consistency_loss(text: Tensor, anchor: Tensor, temperature: float = 0.01) ->
     Mean over m and k of the cross-entropy of ``cos(t_mk, anchor_k') / temperature`` with class k.
 
     Args:
-        text: ``t`` [M, K, D], learned.
+        text: ``t`` [M, K, D], learned. A length below 1e-12 counts as 1e-12, so that zero features have cosine 0.
         anchor: [K, D], usually from a hand-crafted template and frozen.
         temperature: above 0; CLIP's own is 0.01.
 
@@ -190,8 +190,8 @@ def consistency_loss(text: Tensor, anchor: Tensor, temperature: float = 0.01) ->
         Scalar, not negative; 0 when K = 1.
 
     Raises:
-        ValueError: shapes that do not fit, features not floating or not finite, mixed devices, temperature
-            not above 0.
+        ValueError: shapes that do not fit, features not floating, not finite or of overflowing length, mixed
+            devices, temperature not above 0.
 
     Source: **our reading** of CDC's consistency loss (Zhang et al., NeurIPS 2024); not the paper's formula.
 
@@ -206,8 +206,8 @@ def consistency_loss(text: Tensor, anchor: Tensor, temperature: float = 0.01) ->
             f"anchor must have shape [{K}, {D}] to match text {list(text.shape)}; got {checks.came(anchor)}"
         )
     checks.same_device("text", text, anchor=anchor)
-    checks.finite("text", text)
-    checks.finite("anchor", anchor)
+    checks.finite_lengths("text", text)
+    checks.finite_lengths("anchor", anchor)
     temperature = checks.number("temperature", temperature, low=0.0, open_low=True)
     with torch.autocast(text.device.type, enabled=False):
         dtype = torch.promote_types(text.dtype, anchor.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cdc_ops import checks
+from cdc_ops.backends import BACKENDS, KERNEL_BACKENDS
 from cdc_ops.dirichlet import FORMS
 from cdc_ops.evidence import ACTIVATIONS
 from cdc_ops.frontdoor import frontdoor_adjust
@@ -14,6 +15,14 @@ from cdc_ops.losses import KINDS, REDUCTIONS, consistency_loss, decoupling_loss,
 from cdc_ops.similarity import FusedOpinion, fused_opinion
 
 MARGINALS = ("batch", "bank", "self")
+
+
+def _check_defaults(prior_weight: float | None, backend: str | None, backends: tuple[str, ...]) -> None:
+    """Of the two arguments that may be None; whether a backend can run here is seen when it is used."""
+    if prior_weight is not None:
+        checks.prior_weight(prior_weight, 1)
+    if backend is not None:
+        checks.one_of("backend", backend, backends)
 
 
 class EvidenceHead(nn.Module):
@@ -29,8 +38,8 @@ class EvidenceHead(nn.Module):
         learn_scale, learn_bias: False keeps the value fixed, as a buffer.
 
     Raises:
-        ValueError: prompts not a positive integer, scale not above 0, values of the wrong number or not
-            finite, unknown names.
+        ValueError: prompts not a positive integer, scale or prior_weight not above 0, values of the wrong number or
+            not finite, unknown names.
 
     Source: **our reading** (design.md 4.7): the evidence head is part of this library's CDC, not a formula of
     the paper.
@@ -64,6 +73,7 @@ class EvidenceHead(nn.Module):
             raise ValueError(f"prompts must be a positive integer; got {prompts!r}")
         checks.one_of("activation", activation, ACTIVATIONS)
         checks.one_of("rule", rule, RULES)
+        _check_defaults(prior_weight, backend, BACKENDS)
         self.activation, self.rule, self.normalize, self.backend = activation, rule, normalize, backend
         self.prior_weight = prior_weight
         initial = _per_prompt("scale", scale, prompts)
@@ -105,13 +115,16 @@ def _per_prompt(name: str, value: float | list[float] | Tensor, prompts: int) ->
     if not isinstance(value, Tensor):
         try:
             value = torch.tensor(value, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             raise ValueError(f"{name} must be a number or {prompts} numbers; got {value!r}") from None
     return checks.per_prompt(name, value.detach(), prompts, torch.float32, value.device).clone()
 
 
 class EvidenceFusion(nn.Module):
     """:func:`fuse_evidence` with its rule (and backend) fixed.
+
+    Raises:
+        ValueError: dim not an integer, prior_weight not above 0, unknown names.
 
     >>> EvidenceFusion("averaging", dim=0)(torch.tensor([[3.0, 0.0], [1.0, 1.0]]))
     tensor([2.0000, 0.5000])
@@ -127,6 +140,9 @@ class EvidenceFusion(nn.Module):
     ) -> None:
         super().__init__()
         checks.one_of("rule", rule, RULES)
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise ValueError(f"dim must be an integer; got {checks.came(dim)}")
+        _check_defaults(prior_weight, backend, KERNEL_BACKENDS)
         self.rule, self.dim, self.prior_weight, self.backend = rule, dim, prior_weight, backend
 
     def forward(self, evidence: Tensor) -> Tensor:
@@ -227,6 +243,9 @@ class FrontDoorAggregator(nn.Module):
 class EvidentialLoss(nn.Module):
     """:func:`evidential_cross_entropy` with its choices fixed; ``kl_weight`` may be set between epochs to anneal it.
 
+    Raises:
+        ValueError: a weight negative or not finite, prior_weight not above 0, unknown names.
+
     >>> head, loss = EvidenceHead(2, scale=5.0), EvidentialLoss(form="log")
     >>> image, text = torch.eye(3), torch.eye(3).expand(2, 3, 3)
     >>> loss(image, text, torch.arange(3), scale=head.scale, bias=head.bias).requires_grad
@@ -252,8 +271,11 @@ class EvidentialLoss(nn.Module):
         checks.one_of("activation", activation, ACTIVATIONS)
         checks.one_of("rule", rule, RULES)
         checks.one_of("reduction", reduction, REDUCTIONS)
+        _check_defaults(prior_weight, backend, BACKENDS)
         self.form, self.activation, self.rule, self.reduction = form, activation, rule, reduction
-        self.kl_weight, self.prompt_weight, self.fused_weight = kl_weight, prompt_weight, fused_weight
+        self.kl_weight = checks.number("kl_weight", kl_weight, low=0.0)
+        self.prompt_weight = checks.number("prompt_weight", prompt_weight, low=0.0)
+        self.fused_weight = checks.number("fused_weight", fused_weight, low=0.0)
         self.prior_weight, self.normalize, self.backend = prior_weight, normalize, backend
 
     def forward(
@@ -298,6 +320,7 @@ class DecouplingLoss(nn.Module):
     def __init__(self, kind: str = "cosine", *, backend: str | None = None) -> None:
         super().__init__()
         checks.one_of("kind", kind, KINDS)
+        _check_defaults(None, backend, KERNEL_BACKENDS)
         self.kind, self.backend = kind, backend
 
     def forward(self, text: Tensor) -> Tensor:

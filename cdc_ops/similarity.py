@@ -147,12 +147,14 @@ def fused_opinion(
     Args:
         image: ``x`` [B, D], or [B, M, D] when every prompt has its own image features. B may be 0.
         text: ``t`` [M, K, D].
-        scale: number, scalar tensor, or one per prompt [M].
+        scale: number, scalar tensor, or one per prompt [M]; no larger than 2^100, about 1e30.
         bias: likewise, or None for 0.
         activation: ``"exp"``, ``"softplus"`` or ``"relu"``.
         rule: ``"dempster"``, ``"cumulative"``, ``"averaging"`` or ``"weighted"``; see :func:`fuse_evidence`.
         prior_weight: ``W``, default K.
-        normalize: divide image and text features by their length first (zero features stay zero).
+        normalize: divide image and text features by their length first. As in :func:`torch.nn.functional.normalize`,
+            a length below 1e-12 counts as 1e-12: zero features stay zero, and all but zero ones stay small. Without,
+            the logits must lie within the dtype.
         backend: ``"reference"`` (plain PyTorch, holds [B, M, K]), ``"blocked"`` (never holds [B, M, K], forward
             or backward), ``"triton"`` (fused kernels), or None: triton on a GPU that can run it, else blocked; while
             ``torch.compile`` traces, reference.
@@ -163,7 +165,8 @@ def fused_opinion(
         half-precision inputs and under autocast. Differentiable in image, text, scale and bias.
 
     Raises:
-        ValueError: shapes that do not fit, no class or prompt, features not floating or not finite, mixed
+        ValueError: shapes that do not fit, no class or prompt, features not floating or not finite, features to be
+            normalised whose length overflows (from about 1e19 in float32), scale or bias not within 2^100, mixed
             devices, unknown activation, rule or backend. Which value checks cost what: :class:`value_checks`.
         NotImplementedError: in a backward pass with ``create_graph=True``; only backend "reference" has second
             derivatives.

@@ -27,6 +27,7 @@ from torch import Tensor
 from cdc_ops import checks
 
 BACKENDS = ("reference", "blocked", "triton")
+KERNEL_BACKENDS = ("reference", "triton")  # of operations on ready-made evidence or features
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
 
 
@@ -119,7 +120,7 @@ def kernels(name: str | None, x: Tensor) -> ModuleType | None:
     if name is None and (torch.compiler.is_compiling() or not _on_gpu_with_kernels(x.device, x.dtype)):
         name = "reference"
     name = "triton" if name is None else name
-    checks.one_of("backend", name, ("reference", "triton"))
+    checks.one_of("backend", name, KERNEL_BACKENDS)
     if name == "reference":
         return None
     _require_triton(x.device, x.dtype)

@@ -65,11 +65,32 @@ SHARED = {
     "scale is a word": ({"scale": "100"}, r"scale must be a number.*\[2\].*got '100'"),
     "scale is a flag": ({"scale": True}, r"scale must be a number.*got True"),
     "scale not finite": ({"scale": nan}, r"scale must be a number.*finite.*nan"),
-    "scale tensor not finite": ({"scale": torch.tensor([1.0, inf])}, r"scale must be finite"),
+    "scale tensor not finite": ({"scale": torch.tensor([1.0, inf])}, r"scale must be a number.*finite.*size of inf"),
+    "scale tensor not a number": ({"scale": torch.tensor([nan, 1.0])}, r"scale must be a number.*finite.*size of nan"),
+    "scale too large": ({"scale": 1e38}, r"scale must be a number.*within 2\^100; got 1e\+38"),
+    "scale beyond float32": ({"scale": 1e300}, r"scale must be a number.*within 2\^100; got 1e\+300"),
+    "scale beyond all floats": ({"scale": 10**400}, r"scale must be a number.*within 2\^100; got 1000"),
+    "scale tensor too large": ({"scale": torch.tensor(-1e38)}, r"scale must be a number.*got a size of 1e\+38 in"),
+    "bias too large": ({"bias": -1e38}, r"bias must be a number.*within 2\^100; got -1e\+38"),
+    "image too long": ({"image": image() * 1e20}, r"image must have lengths within float32; got 3 whose.*overflows"),
+    "text too long": ({"text": text() * 1e25}, r"text must have lengths within float32; got 8 whose length overflows"),
     "scale of another M": ({"scale": torch.ones(3)}, r"scale must be.*shape \[2\].*got.*\[3\]"),
     "scale is integer tensor": ({"scale": torch.ones(2, dtype=torch.long)}, r"scale must be.*int64"),
     "bias of another M": ({"bias": torch.zeros(3)}, r"bias must be.*shape \[2\].*got.*\[3\]"),
     "bias elsewhere": ({"bias": torch.zeros(2, device=meta)}, r"bias must be on the device of image"),
+    "scale elsewhere": ({"scale": torch.tensor(1.0, device=meta)}, r"scale must be on the device of image, cpu"),
+    "image is sparse": ({"image": image().to_sparse()}, r"image must be dense.*got torch.sparse_coo in"),
+    "text in 8 bits": ({"text": text().to(torch.float8_e4m3fn)}, r"text must be.*at least 16 bits.*float8_e4m3fn"),
+    "prior weight beyond all floats": (
+        {"prior_weight": 10**400},
+        r"prior_weight must be a finite number > 0; got 1000",
+    ),
+    "prior weight huge": (
+        {"prior_weight": 1e300},
+        r"prior_weight must be.*between 2\^-100 and 2\^100; got 1e\+300",
+    ),
+    "prior weight tiny": ({"prior_weight": 1e-300}, r"prior_weight must be.*between 2\^-100 and 2\^100.*got 1e-300"),
+    "prior weight elsewhere": ({"prior_weight": torch.ones((), device=meta)}, r"prior_weight must be.*on meta"),
     "unknown activation": (
         {"activation": "sigmoid"},
         r"activation must be one of 'exp', 'softplus', 'relu'.*'sigmoid'",
@@ -116,6 +137,7 @@ LOSS = {
     "unknown reduction": ({"reduction": "avg"}, r"reduction must be one of 'mean', 'sum', 'none'; got 'avg'"),
     "kl weight negative": ({"kl_weight": -0.1}, r"kl_weight must be a finite number >= 0; got -0.1"),
     "prompt weight not finite": ({"prompt_weight": nan}, r"prompt_weight must be a finite number >= 0"),
+    "kl weight huge": ({"kl_weight": 1e300}, r"kl_weight must be a finite number >= 0, within 2\^100; got 1e\+300"),
     "fused weight a word": ({"fused_weight": "1"}, r"fused_weight must be a finite number >= 0; got '1'"),
 }
 
@@ -141,6 +163,8 @@ OTHERS = {
     "opinion no classes": (lambda: Opinion.from_evidence(e[:, :0]), r"evidence must have.*at least one class"),
     "opinion scalar": (lambda: Opinion.from_evidence(torch.tensor(1.0)), r"evidence must have.*at least one class"),
     "opinion prior weight": (lambda: Opinion.from_evidence(e, -2), r"prior_weight must be"),
+    "opinion sparse": (lambda: Opinion.from_evidence(e.to_sparse()), r"evidence must be dense"),
+    "opinion in 8 bits": (lambda: Opinion.from_evidence(e.to(torch.float8_e5m2)), r"evidence must be.*16 bits"),
     "fuse the classes": (lambda: cdc_ops.fuse_evidence(e, 1), r"dim must not be the last dimension"),
     "fuse the classes, counted back": (lambda: cdc_ops.fuse_evidence(e, -1), r"dim must not be the last"),
     "fuse out of range": (lambda: cdc_ops.fuse_evidence(e, 2), r"dim must be a dimension of evidence; got 2"),
@@ -199,6 +223,15 @@ OTHERS = {
         lambda: cdc_ops.decoupling_loss(text(), "l2"),
         r"kind must be one of 'cosine', 'cosine_squared'",
     ),
+    "decoupling too long": (lambda: cdc_ops.decoupling_loss(text() * 1e25), r"text must have lengths within float32"),
+    "consistency too long": (
+        lambda: cdc_ops.consistency_loss(text(), text()[0] * 1e25),
+        r"anchor must have lengths within float32",
+    ),
+    "consistency text too long": (
+        lambda: cdc_ops.consistency_loss(text() * 1e25, text()[0]),
+        r"text must have lengths within float32",
+    ),
     "decoupling not finite": (lambda: cdc_ops.decoupling_loss(spoiled(text(), nan)), r"text must be finite"),
     "consistency anchor": (lambda: cdc_ops.consistency_loss(text(), image(K, 3)), r"anchor must have shape \[4, 5\]"),
     "consistency not finite": (
@@ -217,8 +250,23 @@ OTHERS = {
     "head scale": (lambda: EvidenceHead(2, scale=-1.0), r"scale must be > 0"),
     "head scales": (lambda: EvidenceHead(2, scale=[1.0, 2.0, 3.0]), r"scale must be.*\[2\].*\[3\]"),
     "head bias": (lambda: EvidenceHead(2, bias="low"), r"bias must be a number or 2 numbers; got 'low'"),
+    "head scale beyond all floats": (lambda: EvidenceHead(2, scale=10**400), r"scale must be a number or 2 numbers"),
+    "consistency tiny temperature": (lambda: ConsistencyLoss(1e-300), r"temperature must be.*2\^-100"),
     "head activation": (lambda: EvidenceHead(2, activation="gelu"), r"activation must be one of"),
     "head rule": (lambda: EvidenceHead(2, rule="max"), r"rule must be one of"),
+    "head prior weight": (lambda: EvidenceHead(2, prior_weight=-1), r"prior_weight must be a finite number > 0; got"),
+    "head backend": (lambda: EvidenceHead(2, backend="foo"), r"backend must be one of .* 'blocked', 'triton'"),
+    "fusion dim": (lambda: EvidenceFusion(dim="1"), r"dim must be an integer; got '1'"),
+    "fusion prior weight": (lambda: EvidenceFusion(prior_weight=0), r"prior_weight must be a finite number > 0"),
+    "fusion backend": (lambda: EvidenceFusion(backend="blocked"), r"backend must be one of 'reference', 'triton'"),
+    "loss kl weight": (lambda: EvidentialLoss(kl_weight=-1), r"kl_weight must be a finite number >= 0; got -1"),
+    "loss prompt weight": (lambda: EvidentialLoss(prompt_weight=nan), r"prompt_weight must be a finite number >= 0"),
+    "loss fused weight": (lambda: EvidentialLoss(fused_weight="1"), r"fused_weight must be a finite number >= 0"),
+    "loss prior weight": (lambda: EvidentialLoss(prior_weight="K"), r"prior_weight must be a finite number > 0"),
+    "loss backend": (lambda: EvidentialLoss(backend="cuda"), r"backend must be one of .* 'blocked', 'triton'"),
+    "loss activation": (lambda: EvidentialLoss(activation="gelu"), r"activation must be one of"),
+    "loss rule": (lambda: EvidentialLoss(rule="max"), r"rule must be one of"),
+    "decoupling backend": (lambda: DecouplingLoss(backend="foo"), r"backend must be one of 'reference', 'triton'"),
     "fusion rule": (lambda: EvidenceFusion("max"), r"rule must be one of"),
     "loss form": (lambda: EvidentialLoss(form="ce"), r"form must be one of"),
     "loss reduction": (lambda: EvidentialLoss(reduction="avg"), r"reduction must be one of"),
@@ -265,6 +313,20 @@ def test_huge_but_finite_features_are_accepted():
     huge = torch.full((B, D), 3e38)
     assert cdc_ops.fused_opinion(huge, text(), scale=1.0, normalize=False).belief.shape == (B, K)
     assert cdc_ops.evidence_from_logits(huge).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_the_longest_features_and_largest_scale_that_are_accepted_count(backend):
+    x, t = torch.randn(B, D), torch.randn(M, K, D)
+    mine = cdc_ops.fused_opinion(x * 1e18, t * 1e18, scale=5.0, backend=backend).prob
+    torch.testing.assert_close(mine, cdc_ops.fused_opinion(x, t, scale=5.0, backend=backend).prob)
+    long = x.double() * 1e100
+    torch.testing.assert_close(cdc_ops.fused_opinion(long, t, scale=5.0, backend=backend).prob.float(), mine)
+    for form in ("digamma", "log", "mse"):
+        scale = torch.tensor(2.0**100, requires_grad=True)
+        loss = cdc_ops.evidential_cross_entropy(x, t, y, scale=scale, form=form, kl_weight=1.0, backend=backend)
+        loss.backward()
+        assert loss.isfinite() and scale.grad.isfinite()
 
 
 def test_value_checks_can_be_switched_off_and_come_back():
