@@ -20,6 +20,10 @@ COLOURS = {
     "compiled, chunked": "#64b5cd",
     "reference": "#ccb974",
     "blocked": "#4c72b0",
+    "F.linear_cross_entropy": "#da8bc3",
+    "F.linear_cross_entropy, chunked": "#8c564b",
+    "cut-cross-entropy": "#bcbd22",
+    "Liger": "#17becf",
     "triton": "#c44e52",
     "triton, tiles": "#c44e52",
     "triton, chunks": "#937860",
@@ -53,10 +57,10 @@ def plot(rows: list[dict[str, Any]], ceilings: dict[str, float], title: str, pat
     rows = [row for row in rows if row["ms"]]
     figure, axis = plt.subplots(figsize=(9, 5.4), layout="constrained")
     intensities = [row["flops"] / row["bytes"] for row in rows]
-    low, high = min(intensities) / 3, max(intensities) * 3
     bandwidth, rate = ceilings["bytes_per_s"], ceilings["flops_per_s"]
-    knee = min(max(rate / bandwidth, low), high)
-    axis.plot([low, knee, high], [min(low * bandwidth, rate), min(knee * bandwidth, rate), rate], "k-", linewidth=1)
+    knee = rate / bandwidth
+    low, high = min(*intensities, knee) / 3, max(*intensities, knee) * 3
+    axis.plot([low, knee, high], [low * bandwidth, rate, rate], "k-", linewidth=1)
     axis.annotate(
         f"matrix product {rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s",
         (high, rate), textcoords="offset points", xytext=(0, 5), ha="right", fontsize=8,
@@ -71,11 +75,12 @@ def plot(rows: list[dict[str, Any]], ceilings: dict[str, float], title: str, pat
             label=None if name in seen else name,
         )  # fmt: skip
         seen.add(name)
-    for shape in {row["shape"]: row for row in rows}.values():
-        own = [i for row, i in zip(rows, intensities, strict=True) if row["shape"] == shape["shape"]]
-        axis.annotate(shape["shape"], (max(own), 0), xycoords=("data", "axes fraction"), xytext=(0, 4),
+    for shape, intensity in {(row["shape"], i) for row, i in zip(rows, intensities, strict=True)}:
+        height = 4 + 10 * (int(shape[1]) % 2)  # neighbours would hide each other
+        axis.annotate(shape, (intensity, 0), xycoords=("data", "axes fraction"), xytext=(0, height),
                       textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
     axis.set(xscale="log", yscale="log", xlim=(low, high), title=title)
+    axis.set_ylim(bottom=axis.get_ylim()[0] / 3)  # room for the shapes' names
     axis.set_xlabel("operations of the products for each byte of inputs, outputs and gradients")
     axis.set_ylabel("operations a second (circle: forward, triangle: with gradients)")
     axis.spines[["top", "right"]].set_visible(False)
