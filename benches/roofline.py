@@ -79,8 +79,8 @@ def plot(rows: list[dict[str, Any]], ceilings: dict[str, float], title: str, pat
         height = 4 + 10 * (int(shape[1]) % 2)  # neighbours would hide each other
         axis.annotate(shape, (intensity, 0), xycoords=("data", "axes fraction"), xytext=(0, height),
                       textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
-    axis.set_ylim(bottom=axis.get_ylim()[0] / 3)
     axis.set(xscale="log", yscale="log", xlim=(low, high), title=title)
+    axis.set_ylim(bottom=axis.get_ylim()[0] / 3)  # room for the shapes' names
     axis.set_xlabel("operations of the products for each byte of inputs, outputs and gradients")
     axis.set_ylabel("operations a second (circle: forward, triangle: with gradients)")
     axis.spines[["top", "right"]].set_visible(False)
