@@ -56,7 +56,7 @@ SHAPES = {
     )
 }
 #: What B and K of a shape are divided by on a CPU, where the whole would take minutes for one call and tens of GB.
-CPU_DIVISORS = {"S3": (4, 10), "S6": (16, 10)}
+CPU_DIVISORS = {"S2": (8, 1), "S3": (4, 10), "S5": (8, 1), "S6": (16, 10)}
 
 
 def shape_for(name: str, device: str, tiny: bool) -> Shape:
