@@ -55,7 +55,7 @@ def slope_kernel(
         )  # fmt: skip
         L = log_ratio_of(state, bound, RULE)
         by_fused = fused_slope_tile(
-            L, safe_rows, safe_cols, is_target, planes_ptr, g_ratio_ptr, B, R, first, g_ratio_b,
+            L, safe_rows, safe_cols, is_target, planes_ptr, g_ratio_ptr, B, R, g_ratio_b,
             log_w, log_share_of_class, G_RATIO, TARGET, SQUARE, KL,
         )  # fmt: skip
     for prompt in range(0, M):

@@ -348,7 +348,7 @@ def load_rows(
 
 @triton.jit
 def fused_slope_tile(
-    L, rows, cols, is_target, planes_ptr, g_ratio_ptr, B, R, first, g_ratio_b, log_w, log_share_of_class,
+    L, rows, cols, is_target, planes_ptr, g_ratio_ptr, B, R, g_ratio_b, log_w, log_share_of_class,
     G_RATIO: tl.constexpr, TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
     """Gradient of everything by the fused L on one tile."""
@@ -405,7 +405,7 @@ def slope_tile(
     if FUSED:
         L = tl.load(ratio_ptr + rows.to(tl.int64)[:, None] * ratio_b + (cols - first)[None, :])
         by_fused = fused_slope_tile(
-            L, rows, cols, is_target, planes_ptr, g_ratio_ptr, B, R, first, g_ratio_b, log_w, log_share_of_class,
+            L, rows, cols, is_target, planes_ptr, g_ratio_ptr, B, R, g_ratio_b, log_w, log_share_of_class,
             G_RATIO, TARGET, SQUARE, KL,
         )  # fmt: skip
     return prompt_slope_tile(

@@ -18,10 +18,10 @@ def prompt_state(e_ptr, at, mask, log_w):
 
 
 @triton.jit
-def fuse_forward_kernel(
-    e_ptr, out_ptr, M, K, total, e_n, e_m, e_k, log_w, log_share, top, RULE: tl.constexpr, BLOCK: tl.constexpr
+def fused_block(
+    e_ptr, M, K, total, e_n, e_m, e_k, log_w, log_share, RULE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Owns BLOCK of the N K fused values; ``top`` is the largest l whose evidence is finite."""
+    """This program's BLOCK of the N K fused values: places, which exist, where their evidence starts, and L."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < total
     base = (i // K) * e_n + (i % K) * e_k
@@ -30,6 +30,15 @@ def fuse_forward_kernel(
         y, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
         state = fuse(state, y, l, log_share, RULE)
     _, L = fused(state, RULE)
+    return i, mask, base, L
+
+
+@triton.jit
+def fuse_forward_kernel(
+    e_ptr, out_ptr, M, K, total, e_n, e_m, e_k, log_w, log_share, top, RULE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Owns BLOCK of the N K fused values; ``top`` is the largest l whose evidence is finite."""
+    i, mask, _, L = fused_block(e_ptr, M, K, total, e_n, e_m, e_k, log_w, log_share, RULE, BLOCK)
     tl.store(out_ptr + i, expm1(tl.minimum(L, top)) * tl.exp(log_w), mask=mask)
 
 
@@ -39,14 +48,7 @@ def fuse_backward_kernel(
     RULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Owns the gradients of the M opinions behind BLOCK of the fused values; g_e is contiguous [N, M, K]."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < total
-    base = (i // K) * e_n + (i % K) * e_k
-    state = leave_linear(tl.zeros((BLOCK,), tl.float32), RULE)
-    for m in range(0, M):
-        y, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
-        state = fuse(state, y, l, log_share, RULE)
-    _, L = fused(state, RULE)
+    i, mask, base, L = fused_block(e_ptr, M, K, total, e_n, e_m, e_k, log_w, log_share, RULE, BLOCK)
     g = tl.load(g_ptr + i, mask=mask, other=0.0)
     g = tl.where(top > L, g, 0.0)
     for m in range(0, M):
