@@ -11,19 +11,23 @@ from pathlib import Path
 import open_clip
 import torch
 
-__all__ = ["git_commit", "peak_memory", "versions"]
+__all__ = ["git_commit", "library_version", "peak_memory", "versions"]
+
+
+def library_version() -> str:
+    """This package's version."""
+    try:
+        return version("cdc-ops")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
 
 
 def versions(device: torch.device | str = "cpu") -> dict[str, str]:
     """Versions of what computes, and the name of the device."""
-    try:
-        ours = version("cdc-ops")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        ours = "unknown"
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "cdc-ops": ours,
+        "cdc-ops": library_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 
 from cdc_models.data import DatasetError, ImageList, ImageLoader, test_transform
+from cdc_models.data.tables import need_pyarrow
+from cdc_models.engine.files import replacing
 from cdc_models.methods import Method
 
 __all__ = ["COLUMNS", "FORMATS", "predict_images", "predict_shards"]
@@ -126,19 +127,11 @@ def predict_shards(
 
 
 def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            "format: writing Parquet needs pyarrow; pip install 'cdc-ops[data]', or take jsonl"
-        ) from error
-    return pyarrow
+    return need_pyarrow("format: writing Parquet", ", or take jsonl")
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
-    beside = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as beside:
         if path.suffix == ".jsonl":
             beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         else:
@@ -147,11 +140,6 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
             kinds["template_uncertainty"] = arrow.list_(arrow.float32())
             schema = arrow.schema([(name, kinds.get(name, arrow.float32())) for name in COLUMNS])
             arrow.parquet.write_table(arrow.Table.from_pylist(list(rows), schema), beside)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> list[Row]:

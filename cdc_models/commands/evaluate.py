@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from cdc_models.commands.parts import dataset_of, model_of, published_dataset
+from cdc_models.commands.parts import dataset_of, model_of
 from cdc_models.commands.run_folder import write_json
 from cdc_models.commands.settings import Compute, Data, Model, Output
-from cdc_models.data import ImageReport, load_dataset
+from cdc_models.data import ImageReport, find_published, load_dataset
 from cdc_models.engine import Evaluation
 from cdc_models.engine import evaluate as evaluate_model
 from cdc_models.provenance import git_commit, versions
@@ -79,7 +79,7 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
 
 def _root_of(unknown: str, data: Data) -> str | None:
     """The root of all datasets holds the unknown one too; a table's root is its own."""
-    return None if published_dataset(unknown) is None or published_dataset(data.data) is None else data.root
+    return None if find_published(unknown) is None or find_published(data.data) is None else data.root
 
 
 def _table(title: str, found: Evaluation) -> Table:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 
 import torch
 
 from cdc_models.clip import ClipBackbone, load_clip
 from cdc_models.commands.settings import Backbone, Compute, Data, Draw, Model, RunFailed
-from cdc_models.data import ImageDataset, Published, find_published, load_dataset
+from cdc_models.data import ImageDataset, load_dataset
 from cdc_models.engine import adapter_info, load_adapter
 from cdc_models.methods import Method, ZeroShot
 
-__all__ = ["backbone_of", "dataset_of", "learned_hash", "model_of", "published_dataset"]
+__all__ = ["backbone_of", "dataset_of", "learned_hash", "model_of"]
 
 
 def backbone_of(name: str, pretrained: str | None, compute: Compute) -> ClipBackbone:
@@ -52,11 +51,6 @@ def dataset_of(data: Data, draw: Draw | None = None) -> ImageDataset:
     if draw is not None and draw.shots:
         dataset = dataset.few_shot(draw.shots, draw.seed)
     return dataset if data.half == "all" else dataset.half(data.half)
-
-
-def published_dataset(data: str) -> Published | None:
-    """The papers' dataset that is meant by this name; None for a path, as for `load_dataset`."""
-    return None if "/" in data or os.sep in data else find_published(data)
 
 
 def model_of(model: Model, compute: Compute, classes: Sequence[str] | None, template: str) -> Method:

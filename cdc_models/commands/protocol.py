@@ -10,10 +10,10 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cdc_models.commands.parts import backbone_of, published_dataset
+from cdc_models.commands.parts import backbone_of
 from cdc_models.commands.run_folder import resolved, save_settings, write_json, write_text
 from cdc_models.commands.settings import Backbone, Compute, Interrupted, Output
-from cdc_models.data import BASE_TO_NEW, IMAGENET_VARIANTS, ImageDataset, load_dataset
+from cdc_models.data import BASE_TO_NEW, IMAGENET_VARIANTS, ImageDataset, find_published, load_dataset
 from cdc_models.protocols import Cell, Runner, Target, latex, lines, markdown, plan, summarise
 from cdc_models.recipes import Training, recipes_of
 
@@ -173,12 +173,12 @@ def _run(
 
 def _name(dataset: str) -> str:
     """The papers' own spelling of a name; a path as it is."""
-    published = published_dataset(dataset)
+    published = find_published(dataset)
     return dataset if published is None else published.name
 
 
 def _load(datasets: Sequence[str], root: str) -> dict[str, ImageDataset]:
-    return {_name(d): load_dataset(d, None if published_dataset(d) is None else root) for d in datasets}
+    return {_name(d): load_dataset(d, None if find_published(d) is None else root) for d in datasets}
 
 
 def _work(runner: Runner, cells: Sequence[Cell], recipes: Mapping[str, Any], output: Output) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from cdc_models.commands.settings import Compute, Output
+from cdc_models.engine.checkpoint import differences
+from cdc_models.engine.files import replacing
 
 __all__ = ["resolved", "save_settings", "start_run", "write_json", "write_text"]
 
@@ -41,8 +43,7 @@ def start_run(folder: Path, settings: dict[str, Any]) -> None:
         if not isinstance(there, dict):
             raise ValueError(f"out: {path} is not a file of settings; delete it or give another folder")
         names = sorted((there.keys() | settings.keys()) - _NOT_THE_RUN)
-        if differ := [name for name in names if there.get(name) != settings.get(name)]:
-            told = "; ".join(f"{n}: {_short(there.get(n))} there, {_short(settings.get(n))} here" for n in differ)
+        if told := differences(there, settings, names):
             raise ValueError(f"out: {folder} holds another run ({told}); give another folder, or delete that one")
     save_settings(folder, settings)
 
@@ -57,16 +58,10 @@ def save_settings(folder: Path, settings: dict[str, Any]) -> None:
     write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write a small file beside its place and rename it: it is the old one or the new one."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    """Write a small file so that it is the old one or the new one."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

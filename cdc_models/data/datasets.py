@@ -125,7 +125,7 @@ def load_dataset(
         raise ValueError(f"template: expected exactly one '{{}}', got {template!r}")
     if classes is not None and (isinstance(classes, str) or len(set(classes)) < len(classes) or not classes):
         raise ValueError(f"classes: expected distinct names, got {classes!r:.200}")
-    published = find_published(data) if isinstance(data, str) and _is_name(data) else None
+    published = find_published(data) if isinstance(data, str) else None
     if published is not None:
         if classes is not None:
             raise ValueError(f"classes: {published.name} has its own; they are given for a folder or a table")
@@ -142,10 +142,6 @@ def load_dataset(
     else:
         raise DatasetError(_unknown(path))
     return _dataset(_with_splits(listing, test, val, split_seed), _name(path), template or GENERIC, orient=True)
-
-
-def _is_name(data: str) -> bool:
-    return os.sep not in data and "/" not in data and not data.lower().endswith(TABLES)
 
 
 def _name(path: Path) -> str:

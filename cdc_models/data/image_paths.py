@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cdc_models.data.listing import DatasetError, inside, look
-from cdc_models.data.tables import COLUMNS, PICTURES, TABLES
+from cdc_models.data.tables import COLUMNS, PICTURES, TABLES, csv_rows, parquet_rows
 
 __all__ = ["image_paths"]
 
@@ -77,7 +76,7 @@ def _of_table(file: Path, root: Path) -> Iterator[str]:
         yield os.path.join(root, inside(path, file))
 
 
-def _column(headings: list[str], file: Path) -> int:
+def _column(headings: Sequence[str], file: Path) -> int:
     plain = [heading.strip().lower() for heading in headings]
     for name in COLUMNS["path"]:
         if plain.count(name) == 1:
@@ -86,38 +85,18 @@ def _column(headings: list[str], file: Path) -> int:
 
 
 def _csv_cells(file: Path) -> Iterator[str]:
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            first = lines.readline()
-            lines.seek(0)
-            place: int | None = None
-            for number, row in enumerate(csv.reader(lines, delimiter=max("\t;,", key=first.count)), start=1):
-                if not any(cell.strip() for cell in row):
-                    continue
-                if place is None:
-                    headless = row[0].lower().endswith(PICTURES)
-                    place = 0 if headless else _column(row, file)
-                    if not headless:
-                        continue
-                if len(row) <= place:
-                    raise DatasetError(f"{file}, row {number}: expected a path in column {place + 1}")
-                yield row[place]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{file}: cannot be read as a CSV file ({error})") from error
+    place: int | None = None
+    for number, row in csv_rows(file):
+        if place is None:
+            headless = row[0].lower().endswith(PICTURES)
+            place = 0 if headless else _column(row, file)
+            if not headless:
+                continue
+        if len(row) <= place:
+            raise DatasetError(f"{file}, row {number}: expected a path in column {place + 1}")
+        yield row[place]
 
 
 def _parquet_cells(file: Path) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"{file}: reading Parquet needs pyarrow; pip install 'cdc-ops[data]'") from error
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            headings = table.schema_arrow.names
-            column = headings[_column(headings, file)]
-            for batch in table.iter_batches(columns=[column]):
-                for cell in batch.column(column).to_pylist():
-                    yield "" if cell is None else cell.decode() if isinstance(cell, bytes) else str(cell)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{file}: cannot be read as a Parquet file ({error})") from error
+    for (path,) in parquet_rows(file, lambda headings: [_column(headings, file)]):
+        yield path

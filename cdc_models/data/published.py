@@ -6,6 +6,7 @@ Templates are in `cdc_models.prompts.templates`, under the same names.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from cdc_models.data.layouts import AircraftLists, Layout, SplitFile, SynsetFolders
@@ -71,10 +72,10 @@ _BY_NAME = {_plain(n): d for d in BASE_TO_NEW + IMAGENET_VARIANTS for n in (d.na
 
 
 def find_published(name: str) -> Published | None:
-    """The dataset of that name, folder or alias, whatever its capitals, dashes and underscores; or None.
+    """The dataset of that name, folder or alias, whatever its capitals, dashes and underscores; None for a path.
 
     Example:
         >>> find_published("oxford-pets").name, find_published("Flowers102").folder, find_published("dtd").classes
         ('OxfordPets', 'oxford_flowers', 47)
     """
-    return _BY_NAME.get(_plain(name))
+    return None if "/" in name or os.sep in name else _BY_NAME.get(_plain(name))

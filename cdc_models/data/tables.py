@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from cdc_models.data.class_folders import SPLIT_OF
 from cdc_models.data.listing import SPLITS, DatasetError, Listing, list_by_name
 
-__all__ = ["TABLES", "read_table"]
+__all__ = ["TABLES", "csv_rows", "need_pyarrow", "parquet_rows", "read_table"]
 
 TABLES = (".csv", ".tsv", ".parquet", ".pq")
 """How the names of tables end."""
@@ -81,22 +82,47 @@ def _pick(file: Path, headings: Sequence[str]) -> dict[str, int]:
     return {column: places[0] for column, places in found.items() if places}
 
 
-def _csv_rows(file: Path) -> Iterator[Row]:
+def csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of every row of a CSV that is not blank; the delimiter is what the first line has most of."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             first = lines.readline()
             lines.seek(0)
-            yield from _rows_of(file, csv.reader(lines, delimiter=max("\t;,", key=first.count)))
+            for number, row in enumerate(csv.reader(lines, delimiter=max("\t;,", key=first.count)), start=1):
+                if any(cell.strip() for cell in row):
+                    yield number, row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"{file}: cannot be read as a CSV file ({error})") from error
 
 
-def _rows_of(file: Path, cells: Iterable[list[str]]) -> Iterator[Row]:
+def parquet_rows(file: Path, pick: Callable[[Sequence[str]], Sequence[int]]) -> Iterator[tuple[str, ...]]:
+    """The cells of every row of a Parquet file, of the columns that `pick` chooses by the headings."""
+    pyarrow = need_pyarrow(f"{file}: reading Parquet")
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            headings = table.schema_arrow.names
+            columns = [headings[i] for i in pick(headings)]
+            for batch in table.iter_batches(columns=columns):
+                cells = [[_text(cell) for cell in batch.column(name).to_pylist()] for name in columns]
+                yield from zip(*cells, strict=True)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{file}: cannot be read as a Parquet file ({error})") from error
+
+
+def need_pyarrow(what: str, instead: str = "") -> Any:
+    """pyarrow with its Parquet part, or an ImportError that says how to get it for `what`, and what else would do."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"{what} needs pyarrow; pip install 'cdc-ops[data]'{instead}") from error
+    return pyarrow
+
+
+def _csv_rows(file: Path) -> Iterator[Row]:
     place: dict[str, int] | None = None
     width = 0
-    for number, row in enumerate(cells, start=1):
-        if not any(cell.strip() for cell in row):
-            continue
+    for number, row in csv_rows(file):
         if place is None:
             width = len(row)
             headless = width == 2 and row[0].lower().endswith(PICTURES)
@@ -109,23 +135,15 @@ def _rows_of(file: Path, cells: Iterable[list[str]]) -> Iterator[Row]:
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"{file}: reading Parquet needs pyarrow; pip install 'cdc-ops[data]'") from error
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            headings = table.schema_arrow.names
-            place = _pick(file, headings)
-            columns = [headings[i] for i in place.values()]
-            for batch in table.iter_batches(columns=columns):
-                cells = [[_text(cell) for cell in batch.column(name).to_pylist()] for name in columns]
-                for values in zip(*cells, strict=True):
-                    row = dict(zip(place, values, strict=True))
-                    yield row["path"], row["label"], row.get("split")
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{file}: cannot be read as a Parquet file ({error})") from error
+    place: dict[str, int] = {}
+
+    def pick(headings: Sequence[str]) -> list[int]:
+        place.update(_pick(file, headings))
+        return list(place.values())
+
+    for values in parquet_rows(file, pick):
+        row = dict(zip(place, values, strict=True))
+        yield row["path"], row["label"], row.get("split")
 
 
 def _text(cell: object) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from cdc_models.clip import ClipBackbone
 from cdc_models.engine.files import read_tensors, write_tensors
 from cdc_models.methods import METHODS
 from cdc_models.methods.base import Method
+from cdc_models.provenance import library_version
 
 __all__ = ["AdapterError", "adapter_info", "load_adapter", "save_adapter"]
 
@@ -41,13 +41,6 @@ def _check_sizes(options: dict[str, Any], tensors: dict[str, torch.Tensor]) -> N
             raise ValueError(f"{name}: no stored tensor has the size {options[name]!r}")
 
 
-def _library_version() -> str:
-    try:
-        return version("cdc-ops")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"
-
-
 def save_adapter(model: Method, path: str | os.PathLike[str], summary: dict[str, Any] | None = None) -> Path:
     """Write what a method has learned, and nothing of the backbone, as one safetensors file.
 
@@ -68,7 +61,7 @@ def save_adapter(model: Method, path: str | os.PathLike[str], summary: dict[str,
     path = Path(path)
     metadata = {
         "format": str(FORMAT),
-        "library": f"cdc-ops {_library_version()}",
+        "library": f"cdc-ops {library_version()}",
         "method": model.name,
         "options": json.dumps(model.options),
         "backbone": json.dumps({"name": model.backbone.name, "pretrained": model.backbone.pretrained}),

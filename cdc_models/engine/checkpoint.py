@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,8 +202,7 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError) as error:
             raise self._unusable(error) from error
         here = json.loads(json.dumps(self.run))
-        if differences := [key for key in {**here, **run} if here.get(key) != run.get(key)]:
-            told = "; ".join(f"{k}: {_short(run.get(k))} there, {_short(here.get(k))} here" for k in differences)
+        if told := differences(run, here, {**here, **run}):
             raise CheckpointError(
                 f"checkpoint: {self.path} belongs to another run ({told}); delete it to start over, or give another"
                 " path"
@@ -238,6 +238,12 @@ class Checkpoint:
         return CheckpointError(
             f"checkpoint: {self.path} cannot be used: {error}; delete it to start over, or give another path"
         )
+
+
+def differences(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> str:
+    """What of these names two runs differ in, as a sentence's part; empty if in nothing."""
+    differ = [name for name in names if there.get(name) != here.get(name)]
+    return "; ".join(f"{n}: {_short(there.get(n))} there, {_short(here.get(n))} here" for n in differ)
 
 
 def _short(value: object) -> str:

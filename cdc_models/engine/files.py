@@ -1,10 +1,12 @@
-"""Small safetensors files that are whole or not there at all."""
+"""Files that are whole or not there at all, and safetensors among them that know when they were changed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["read_tensors", "replacing", "write_tensors"]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -25,11 +27,20 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """
     kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     data = save(kept, {**metadata, "sha256": _digest(kept, metadata)})
+    with replacing(path) as beside:
+        beside.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to; after the block it is flushed to the disk and takes the place of `path`.
+
+    If the block or the disk fails, what was at `path` is untouched and nothing is left beside it.
+    """
     beside = path.with_name(path.name + ".part")
     try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield beside
+        with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(path)
     finally:
