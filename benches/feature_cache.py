@@ -49,7 +49,8 @@ def main() -> None:
 
         def timed(what: Callable[[], object]) -> tuple[float, object]:
             started = time.perf_counter()
-            return (lambda result: (time.perf_counter() - started, result))(what())
+            result = what()
+            return time.perf_counter() - started, result
 
         def cache() -> object:
             return cache_features(CoOp(clip, data.classes), photos, Path(folder) / "cache", progress=False)

@@ -203,7 +203,7 @@ def document(rows: list[Row], key: Row, ceilings: dict[str, float], date: str, a
     lines = [
         f"# Fused operations on {key['device']}", "",
         f"{date}. torch {key['torch']}, Triton {key['triton']}, code {key['commit']}, {key['dtype']}, "
-        f"{key['threads']} CPU threads. Made by `python {' '.join(['benches/report.py', *sys.argv[1:]])}`; "
+        f"{key['threads']} CPU threads. Made by `{arguments.command}`; "
         "how to read it: `benches/README.md`.", "",
         f"Measured ceilings: matrix product {ceilings['flops_per_s'] / 1e12:.3g} TFLOP/s, copy "
         f"{ceilings['bytes_per_s'] / 1e9:.3g} GB/s.", "",

@@ -13,9 +13,7 @@ not timed. Finished sizes are kept in results.jsonl, so the script goes on where
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -32,8 +30,10 @@ import torch
 from open_clip import IMAGENET_CLASSNAMES
 from torch import Tensor
 
+from cdc_models import provenance
 from cdc_models.clip import ClipBackbone, load_clip
 from cdc_models.methods import CDC, CoOp, MaPLe, Method, ZeroShot
+from cdc_models.rows import Rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -193,14 +193,10 @@ def print_peak_memory(case: Case, device: str, classes: int, batch: int) -> None
         model.anchor  # noqa: B018  # made once, before training
     images, targets = inputs(case, backbone, classes, batch)
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(case, model, images, targets, None)
-        print(torch.cuda.max_memory_allocated() - before)
-        return
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        torch.cuda.reset_peak_memory_stats()  # from here on, the peak starts at what is held now
+    before = provenance.peak_memory(device)
     step(case, model, images, targets, None)
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(provenance.peak_memory(device) - before)
 
 
 def load_backbone(device: str, name: str = "ViT-B-16-quickgelu") -> ClipBackbone:
@@ -260,18 +256,19 @@ def main() -> None:
         print_peak_memory(Case(method, int(templates), way), device, int(classes), int(batch))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = arguments.out / "results.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    results = Rows(arguments.out / "results.jsonl")
     backbone = load_backbone(arguments.device)
     for batch in arguments.batch:
         for classes in arguments.classes:
-            if any((row["classes"], row["batch"]) == (classes, batch) for row in rows):
+            key = f"K = {classes}, batch {batch}"
+            if key in results.rows:
                 continue
-            print(f"K = {classes}, batch {batch}", flush=True)
+            print(key, flush=True)
             worst = max(assert_parity(case, backbone, classes, batch) for case in CASES if case.way == "ours")
             print(f"  loss and gradients of both ways agree (largest relative difference {worst:.1e})", flush=True)
             cuda = arguments.device == "cuda"
             row = {
+                "key": key,
                 "classes": classes,
                 "batch": batch,
                 "parity": worst,
@@ -284,10 +281,9 @@ def main() -> None:
                 "date": time.strftime("%Y-%m-%d"),
                 "command": "python " + " ".join(sys.argv),
             }
-            rows.append(row)
-            with kept.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            results.add(row)
             print(table(row), flush=True)
+    rows = list(results.rows.values())
     (arguments.out / "table.md").write_text("\n\n".join(table(row) for row in rows) + "\n")
     plot(rows, arguments.out / "steps.png")
 
