@@ -40,6 +40,15 @@ class ClassTokens:
         """`lengths` as ints."""
         return tuple(len(row) for row in self.rows)
 
+    def require_room(self, context_length: int, n: int, argument: str) -> None:
+        """Raise ValueError, naming `argument`, unless every class fits with start, n context vectors and end."""
+        room = context_length - 2 - n
+        if long := [name for name, length in zip(self.names, self.token_lengths, strict=True) if length > room]:
+            raise ValueError(
+                f"{argument}: {long} do not fit: start, {n} context vectors and end leave {room} of "
+                f"{context_length} tokens"
+            )
+
     def chunks(self, size: int) -> tuple[tuple[tuple[list[int], ClassTokens], ...], list[int]]:
         """At most `size` classes at a time, of like length: (their places, their tokens) each; and the way back."""
         key = ("chunks", size)
@@ -70,17 +79,18 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"names: expected a sequence of strings, got {names!r:.80}")
     if len(names) == 0:
         raise ValueError("names: expected at least one class name, got an empty list")
-    if blank := [i for i, name in enumerate(names) if not _words(name)]:
+    if blank := [i for i, name in enumerate(names) if not words_of(name)]:
         raise ValueError(f"names: expected words, got blank names at positions {blank}")
     first: dict[str, str] = {}
     for name in names:
-        if (words := _words(name)) in first:
+        if (words := words_of(name)) in first:
             raise ValueError(f"names: {name!r} and {first[words]!r} are the same class")
         first[words] = name
     return tuple(names)
 
 
-def _words(name: str) -> str:
+def words_of(name: str) -> str:
+    """A class name as words: underscores count as spaces (the rule of CoOp's data sets, whose names are file names)."""
     return name.replace("_", " ").strip()
 
 
@@ -109,7 +119,7 @@ def tokenize_classes(backbone: ClipBackbone, names: Sequence[str], template: str
     names = check_names(names)
     if template.count("{}") != 1:
         raise ValueError(f"template: expected exactly one '{{}}', got {template!r}")
-    texts = [_words(name) for name in names]
+    texts = [words_of(name) for name in names]
 
     head = template.split("{}")[0]
     rows = [backbone.encode_words(template.replace("{}", text)) for text in texts]

@@ -68,14 +68,7 @@ def encode_prompted_text(
     check_prompts(context, deep, width=parts.width, depth=depth, device=backbone.device, classes=len(classes))
     if deep is not None and position != "end":
         raise ValueError(f"deep: deep prompts need position='end', got position={position!r}")
-    n = context.size(-2)
-    room = backbone.context_length - 2 - n
-    if long := [name for name, length in zip(classes.names, classes.token_lengths, strict=True) if length > room]:
-        raise ValueError(
-            f"classes: {long} do not fit: start, {n} context vectors and end leave {room} of "
-            f"{backbone.context_length} tokens"
-        )
-
+    classes.require_room(backbone.context_length, context.size(-2), "classes")
     if chunk is None or chunk >= len(classes):
         return _encode(backbone, classes, context, deep, position)
     if chunk < 1:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from cdc_models.methods.base import Method
 __all__ = ["CachedFeatures", "FeatureLoader", "cache_features"]
 
 FORMAT = 1
+
+Shard = tuple[dict[str, Tensor], list[SkippedImage]]
+"""Features and the places of their images in the list; and the images left out."""
 
 
 @dataclass(frozen=True)
@@ -140,24 +144,24 @@ def cache_features(
             found = []
             for rows in pieces:
                 path = folder / f"{_key(model, images, rows, seed, draw)}.safetensors"
+                kept = None
                 try:
-                    tensors, skipped = _read(path)
-                except FileNotFoundError:
-                    tensors, skipped = _compute(model, images, rows, seed, draw, batch_size, num_workers, path)
-                    computed += 1
+                    kept = _read(path)
                 except ValueError:
                     damaged.append(str(path))
-                    tensors, skipped = _compute(model, images, rows, seed, draw, batch_size, num_workers, path)
+                if kept is None:
+                    kept = _compute(model, images, rows, seed, draw, batch_size, num_workers, path)
                     computed += 1
+                tensors, skipped = kept
                 found.append((tensors["image"].float(), tensors["rows"]))
-                for image in skipped if draw == 0 else ():
+                for image in skipped:
                     report.add(image)
                 bar.advance(task)
-            kept = torch.cat([rows for _, rows in found])
-            if len(kept) == 0:
+            places = torch.cat([rows for _, rows in found])
+            if len(places) == 0:
                 raise DatasetError(f"no image can be read: {report}; the first is {report.skipped[0]}")
             stacked.append(torch.cat([features for features, _ in found]))
-    return CachedFeatures(torch.stack(stacked), images.targets[kept], report, computed, tuple(damaged))
+    return CachedFeatures(torch.stack(stacked), images.targets[places], report, computed, tuple(damaged))
 
 
 def _key(model: Method, images: ImageList, rows: Sequence[int], seed: int, draw: int) -> str:
@@ -174,9 +178,10 @@ def _key(model: Method, images: ImageList, rows: Sequence[int], seed: int, draw:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40]
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], list[SkippedImage]]:
+def _read(path: Path) -> Shard | None:
+    """A shard from the disk; None if there is none, ValueError if it is not what it should be."""
     if not path.exists():
-        raise FileNotFoundError(path)
+        return None
     tensors, metadata = read_tensors(path)
     if metadata.get("key") != path.stem or set(tensors) != {"image", "rows"}:
         raise ValueError(f"{path} is not the file that it is called")
@@ -186,7 +191,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[SkippedImage]]:
 @torch.no_grad()
 def _compute(
     model: Method, images: ImageList, rows: range, seed: int, draw: int, batch_size: int, num_workers: int, path: Path
-) -> tuple[dict[str, Tensor], list[SkippedImage]]:
+) -> Shard:
     features, kept, skipped = [], [], []
     # every image of every draw has its own seed, whatever the batch and the number of workers
     first = (seed * 1_000_003 + draw) * 2**31
@@ -198,8 +203,8 @@ def _compute(
             kept.append(batch[1])
     empty = torch.empty(0, model.backbone.embed_dim)
     tensors = {"image": torch.cat(features or [empty]), "rows": torch.cat(kept or [torch.empty(0, dtype=torch.long)])}
-    told = [{"path": s.path, "reason": s.reason, "detail": s.detail} for s in skipped]
-    write_tensors(path, tensors, {"key": path.stem, "skipped": json.dumps(told)})
+    told = json.dumps([asdict(image) for image in skipped])
+    write_tensors(path, tensors, {"key": path.stem, "skipped": told})
     return tensors, skipped
 
 
@@ -207,11 +212,12 @@ class _Viewed:
     """A transform, and then what each template makes of its result: [3, H, W] or [M, 3, H, W]."""
 
     def __init__(self, transform: Any, views: Views | None) -> None:
-        self.transform, self.views = transform, views
+        # a copy: images are read on the CPU, and the method's own views stay where they are
+        self.transform, self.views = transform, copy.deepcopy(views).cpu() if views is not None else None
 
     def __call__(self, image: Any) -> Tensor:
         x = self.transform(image)
-        return x if self.views is None else self.views.cpu()(x.unsqueeze(0)).squeeze(0)
+        return x if self.views is None else self.views(x.unsqueeze(0)).squeeze(0)
 
 
 class _Numbered(Dataset[tuple[Any, int]]):

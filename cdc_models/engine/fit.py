@@ -142,6 +142,12 @@ def fit(
             kept.save(position, epoch_start)  # a folder that cannot be written is found out now, not after an epoch
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     interrupted = False
+
+    def save() -> None:
+        if kept is not None:
+            _require_finite(model, position, lr)
+            kept.save(position, epoch_start)
+
     model.train()
     with Progress(*columns, transient=True) if progress else nullcontext() as bar, _one_ctrl_c() as stopped:
         task = None
@@ -180,9 +186,8 @@ def fit(
                         note = f"epoch {position.epoch + 1}/{epochs} loss {position.total / position.seen:.3f}"
                         bar.update(task, advance=1, note=note)
                     due = checkpoint_every and position.steps % checkpoint_every == 0
-                    if kept is not None and (due or stopped.is_set()):
-                        _require_finite(model, position, lr)
-                        kept.save(position, epoch_start)
+                    if due or stopped.is_set():
+                        save()
                     if stopped.is_set():
                         break
                 else:
@@ -193,9 +198,7 @@ def fit(
                         )
                     mean = position.end_epoch()
                     epoch_start = randomness.read()
-                    if kept is not None:
-                        _require_finite(model, position, lr)
-                        kept.save(position, epoch_start)
+                    save()
                     if on_epoch is not None:
                         on_epoch(position.epoch - 1, mean)
         except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cdc_models.clip import ClipBackbone
 from cdc_models.clip.classes import ClassTokens, check_names, tokenize_classes
 from cdc_models.data.transforms import Views
+from cdc_models.methods.options import check_room
 
 __all__ = ["Method", "Prediction", "SoftmaxMethod", "as_targets", "bounded_temperature"]
 
@@ -149,13 +150,17 @@ class Method(nn.Module):
 
     def _changed_classes(self) -> None:
         """Called on the copy that `with_classes` returns, for what depends on the classes."""
+        if self.prompted and "n_ctx" in self.options:
+            check_room(self.backbone, self.classes, self.options["n_ctx"])
 
     # -- what every method has --------------------------------------------------------------------------------
 
     def _set_classes(self, names: Sequence[str]) -> None:
-        self.class_names = check_names(names)
         if self.prompted:
             self.classes = tokenize_classes(self.backbone, names)
+            self.class_names = self.classes.names
+        else:
+            self.class_names = check_names(names)
 
     def learned_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes, by name; the frozen backbone has no part in it."""

@@ -169,7 +169,7 @@ class CDC(Method):
         self._anchor: Tensor | None = None
 
     def _changed_classes(self) -> None:
-        check_room(self.backbone, self.classes, self.options["n_ctx"])
+        super()._changed_classes()
         self._anchor = None
 
     @property

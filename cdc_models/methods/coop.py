@@ -75,9 +75,6 @@ class CoOp(SoftmaxMethod):
             generator=torch.Generator().manual_seed(seed),
         )
 
-    def _changed_classes(self) -> None:
-        check_room(self.backbone, self.classes, self.options["n_ctx"])
-
     def text_features(self) -> Tensor:
         return encode_prompted_text(
             self.backbone, self.classes, self.context(), position=self.position, chunk=self.class_chunk

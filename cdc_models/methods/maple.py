@@ -58,9 +58,6 @@ class MaPLe(SoftmaxMethod):
             backbone, n_ctx, depth, words=words, generator=torch.Generator().manual_seed(seed)
         )
 
-    def _changed_classes(self) -> None:
-        check_room(self.backbone, self.classes, self.options["n_ctx"])
-
     def text_features(self) -> Tensor:
         context, deep = self.prompts.text()
         return encode_prompted_text(self.backbone, self.classes, context, deep=deep, chunk=self.class_chunk)

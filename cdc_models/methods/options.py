@@ -17,10 +17,6 @@ def check_room(backbone: ClipBackbone, classes: ClassTokens, n_ctx: int) -> None
     """Raise ValueError unless start, `n_ctx` vectors, every class name and end fit the text tower's context."""
     check_count("n_ctx", n_ctx)
     length = backbone.context_length
-    room = length - 2 - n_ctx
-    if room < 1:
+    if length - 2 - n_ctx < 1:
         raise ValueError(f"n_ctx: a context of {length} tokens holds at most {length - 3} vectors, got {n_ctx}")
-    if long := [name for name, n in zip(classes.names, classes.token_lengths, strict=True) if n > room]:
-        raise ValueError(
-            f"names: {long} do not fit: start, {n_ctx} context vectors and end leave {room} of {length} tokens"
-        )
+    classes.require_room(length, n_ctx, "names")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cdc_models.clip.classes import words_of
+
 GENERIC = "a photo of a {}."
 
 HAND_CRAFTED: dict[str, str] = {
@@ -53,5 +55,5 @@ def fill_templates(templates: Sequence[str], names: Sequence[str]) -> list[list[
             raise ValueError(f"{argument}: expected a non-empty sequence of strings, got {values!r:.80}")
     if wrong := [template for template in templates if template.count("{}") != 1]:
         raise ValueError(f"templates: expected exactly one '{{}}' in each, got {wrong}")
-    texts = [name.replace("_", " ").strip() for name in names]
+    texts = [words_of(name) for name in names]
     return [[template.replace("{}", text) for text in texts] for template in templates]

@@ -108,10 +108,10 @@ class Runner:
         """Results that belong together: base and new, for their H; else one by one."""
         source = self.datasets[cell.source].few_shot(cell.shots, cell.seed)
         source = source if cell.half == "all" else source.half(cell.half)
-        raw, trained = self._learned(how, cell, source)
-        fitted = None
+        adapter = self._adapter(how, cell, source)
+        raw, trained, fitted = load_adapter(adapter, self.backbone), adapter_info(adapter)["summary"], None
         if len(source.val):
-            fitted, _ = self._learned(how, cell, source)  # a second copy, whose temperature is fitted
+            fitted = load_adapter(adapter, self.backbone)  # a second copy, whose temperature is fitted
             calibrate(fitted, reader(source.val, self.backbone, self.test_batch, self.workers))
         facts = {"source": cell.source, "seed": cell.seed, "shots": cell.shots, "recipe": asdict(how), **trained}
 
@@ -147,8 +147,8 @@ class Runner:
             for target in missing:
                 yield {target: test(target, None)[0]}
 
-    def _learned(self, how: Recipe, cell: Cell, data: ImageDataset) -> tuple[Method, dict[str, Any]]:
-        """A recipe's model, trained if it never was, and the facts of its training."""
+    def _adapter(self, how: Recipe, cell: Cell, data: ImageDataset) -> Path:
+        """The file of a recipe's model, trained if it never was, with the facts of its training."""
         adapter = self.folder / "adapters" / f"{_digest(self._key(how, cell))}.safetensors"
         if not adapter.exists():
             if self.backbone.device.type == "cuda":
@@ -178,7 +178,7 @@ class Runner:
             }
             save_adapter(model, adapter, facts)
             checkpoint.unlink(missing_ok=True)
-        return load_adapter(adapter, self.backbone), adapter_info(adapter)["summary"]
+        return adapter
 
     def _key(self, how: Recipe, cell: Cell, target: Target | None = None) -> str:
         """What a result depends on: another recipe, draw, CLIP or test set; not what else is tested."""
