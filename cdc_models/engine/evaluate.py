@@ -120,7 +120,9 @@ def _predict_all(model: Method, features: Features, batch: int = 1024) -> tuple[
     """Probabilities [N, K] and uncertainty [N], on the CPU."""
     text = model.cached_text_features()
     said = [model.predict_features(x, text) for x in features.image.split(batch)]
-    return torch.cat([p.prob.float().cpu() for p in said]), torch.cat([p.uncertainty.float().cpu() for p in said])
+    # A probability of 1 may come out a rounding step larger, and torchmetrics takes anything above 1 for logits.
+    prob = torch.cat([p.prob.float().cpu() for p in said]).clamp(0, 1)
+    return prob, torch.cat([p.uncertainty.float().cpu() for p in said])
 
 
 def _auroc(known: Tensor, unknown: Tensor) -> float:

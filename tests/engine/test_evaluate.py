@@ -1,6 +1,7 @@
 """Evaluation against torchmetrics, enumeration, and what the figures must obey."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,17 @@ def test_features_stand_for_their_loader(backbone, coloured, unknown):
     direct = evaluate(model, [coloured], unknown=unknown, progress=False)
     read = [extract_features(model, x, progress=False) for x in ([coloured], unknown)]
     assert evaluate(model, read[0], unknown=read[1]).numbers() | {"seconds": 0} == direct.numbers() | {"seconds": 0}
+
+
+def test_a_probability_above_one_by_rounding_does_not_pass_for_a_logit(backbone, coloured, monkeypatch):
+    model = ZeroShot(backbone, CLASSES)
+    certain = torch.zeros(24, 3)
+    certain[:, 0] = 1 + 2**-22
+    said = model.predict(coloured[0])
+    monkeypatch.setattr(model, "predict_features", lambda *_: replace(said, prob=certain))
+    result = evaluate(model, [coloured], progress=False)
+    assert result.ece == pytest.approx(1 - result.accuracy, abs=1e-6)
+    assert float(result.prob.max()) == 1
 
 
 @settings(deadline=None)
