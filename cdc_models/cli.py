@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from cdc_models.commands.evaluate import evaluate
 from cdc_models.commands.predict import predict
 from cdc_models.commands.protocol import PROTOCOL_COMMANDS
+from cdc_models.commands.report import report
 from cdc_models.commands.settings import RunFailed
 from cdc_models.commands.train import train
 from cdc_models.demo import demo
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Command | dict[str, Callable[..., None]]] = {
     "evaluate": evaluate,
     "predict": predict,
     "protocol": PROTOCOL_COMMANDS,
+    "report": report,
 }
 SWITCHES = ("--ablation", "--quiet", "--json")
 EXIT = (
