@@ -17,6 +17,7 @@ from cdc_models.commands.evaluate import evaluate
 from cdc_models.commands.predict import predict
 from cdc_models.commands.protocol import PROTOCOL_COMMANDS
 from cdc_models.commands.report import report
+from cdc_models.commands.sample import sample
 from cdc_models.commands.settings import RunFailed
 from cdc_models.commands.train import train
 from cdc_models.demo import demo
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Command | dict[str, Callable[..., None]]] = {
     "predict": predict,
     "protocol": PROTOCOL_COMMANDS,
     "report": report,
+    "sample": sample,
 }
 SWITCHES = ("--ablation", "--quiet", "--json")
 EXIT = (
