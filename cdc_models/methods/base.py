@@ -257,12 +257,16 @@ class SoftmaxMethod(Method):
         self.register_buffer("temperature", torch.tensor(1.0))
 
     def logits(self, image: Tensor, text: Tensor) -> Tensor:
-        """Scaled cosines [B, K] of image features [B, D] or [B, 1, D] and text features [M, K, D]."""
-        prototype = F.normalize(F.normalize(text.float(), dim=-1).mean(0), dim=-1)
-        x = F.normalize(image.float(), dim=-1)
-        x = x.squeeze(1) if x.ndim == 3 else x
-        logits = self.backbone.scale.float() * x @ prototype.T
-        return logits if self.backbone.bias is None else logits + self.backbone.bias.float()
+        """Scaled cosines [B, K] of image features [B, D] or [B, 1, D] and text features [M, K, D].
+
+        Always in float32: at CLIP's scale of 100 a bfloat16 logit is off by up to a quarter.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            prototype = F.normalize(F.normalize(text.float(), dim=-1).mean(0), dim=-1)
+            x = F.normalize(image.float(), dim=-1)
+            x = x.squeeze(1) if x.ndim == 3 else x
+            logits = self.backbone.scale.float() * x @ prototype.T
+            return logits if self.backbone.bias is None else logits + self.backbone.bias.float()
 
     def objective(self, image: Tensor, text: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(image, text), targets)

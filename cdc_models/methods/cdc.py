@@ -258,12 +258,13 @@ class CDC(Method):
         return [log_temperature], negative_log_likelihood
 
     def _logits(self, image: Tensor, text: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Logits of every template, [B, M, K], by the head's scale and bias unless given."""
+        """Logits of every template, [B, M, K] in float32, by the head's scale and bias unless given."""
         scale, bias = self.head.scale if scale is None else scale, self.head.bias if bias is None else bias
-        x, t = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        x = x.unsqueeze(1) if x.ndim == 2 else x
-        cosine = torch.einsum("bmd,mkd->bmk", x.expand(-1, len(t), -1), t)
-        return scale[:, None] * cosine + bias[:, None]
+        with torch.autocast(image.device.type, enabled=False):
+            x, t = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+            x = x.unsqueeze(1) if x.ndim == 2 else x
+            cosine = torch.einsum("bmd,mkd->bmk", x.expand(-1, len(t), -1), t)
+            return scale[:, None] * cosine + bias[:, None]
 
     def opinion(self, image: Tensor, text: Tensor | None = None) -> FusedOpinion:
         """The fused opinion of image features [B, D] or [B, M, D]."""

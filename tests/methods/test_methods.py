@@ -196,6 +196,26 @@ def test_bf16_autocast_keeps_the_adapter_in_float32(backbone, coloured):
         assert all(p.grad.dtype == torch.float32 for p in model.learned_parameters().values())
 
 
+@pytest.mark.parametrize("name", [*METHODS, "untrusted"])
+def test_what_autocast_leaves_in_float32(name, backbone, images):
+    """Towers run in bfloat16; logits, probabilities and losses never: eight bits do not hold a logit of 100."""
+    model = build("cdc", backbone, trusted=False) if name == "untrusted" else build(name, backbone)
+    text = model.cached_text_features()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = model.image_features(images)
+        said, exact = model.predict_features(features, text), model.predict_features(features.float(), text)
+        loss = model.objective(features, text, torch.arange(5) % 3)
+    assert features.dtype == torch.bfloat16
+    with torch.no_grad():
+        plain = model.objective(features.float(), text, torch.arange(5) % 3)
+    for given, want in ((said.prob, exact.prob), (said.uncertainty, exact.uncertainty), (loss, plain)):
+        assert given.dtype == torch.float32 and torch.allclose(given, want, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(said.prob.sum(-1), torch.ones(5), rtol=0, atol=1e-6)
+    if name in ("cdc", "untrusted"):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(model.template_prob(features).sum(-1), torch.ones(5, 4), rtol=0, atol=1e-6)
+
+
 def test_views_may_come_from_the_loader(backbone, coloured):
     images, targets = coloured
     model = build("cdc", backbone, views=None)
