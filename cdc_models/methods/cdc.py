@@ -129,7 +129,7 @@ class CDC(Method):
             "n_templates": n_templates,
             "n_ctx": n_ctx,
             "depth": depth,
-            "words": words if words is None or isinstance(words, str) else list(words),
+            "words": list(words) if isinstance(words, tuple) else words,
             "hand_crafted": hand_crafted,
             "views": None if views is None else list(views),
             "weight_de": weight_de,

@@ -331,16 +331,63 @@ def test_targets_of_any_integer_dtype(dtype, backbone, images):
         model.loss(images, [0, 1, 2, 0, 1])
 
 
+BAD_IMAGES = {
+    "uint8": torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+    "size": torch.zeros(2, 3, 30, 32),
+    "channels": torch.zeros(2, 1, 32, 32),
+    "one image": torch.zeros(3, 32, 32),
+    "none": torch.zeros(0, 3, 32, 32),
+    "templates": torch.zeros(2, 3, 3, 32, 32),
+    "nan": torch.full((2, 3, 32, 32), torch.nan),
+    "inf": torch.full((2, 3, 32, 32), torch.inf),
+    "device": torch.zeros(2, 3, 32, 32, device="meta"),
+    "list": [[0.0]],
+    "nothing": None,
+    "path": "photo.png",
+}
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_bad_images(name, backbone):
-    model = build(name, backbone)
-    for wrong in (
-        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
-        torch.zeros(2, 3, 30, 32),
-        torch.full((2, 3, 32, 32), torch.nan),
-    ):
-        with pytest.raises(ValueError, match="images"):
-            model.predict(wrong)
+@pytest.mark.parametrize("what", BAD_IMAGES)
+def test_bad_images(name, what, backbone):
+    with pytest.raises(ValueError, match="images"):
+        build(name, backbone).predict(BAD_IMAGES[what])
+
+
+@pytest.mark.parametrize("name", ["coop", "maple", "cdc", "cdc without image prompts", "cdc without views"])
+@pytest.mark.parametrize("what", BAD_IMAGES)
+def test_bad_images_to_train_on(name, what, backbone):
+    """Also where views come first, which would make pixels of anything."""
+    changes = {"image prompts": {"image_prompts": False}, "views": {"views": None}}.get(name[12:], {})
+    images = BAD_IMAGES[what]
+    count = len(images) if isinstance(images, torch.Tensor) else 2
+    message = "targets: expected at least one image" if what == "none" else r"images?\b"
+    with pytest.raises(ValueError, match=message):
+        build(name.split()[0], backbone, **changes).loss(images, torch.zeros(count, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["coop", "cdc"])
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (torch.zeros(2, 15), r"images: expected features \[B, 16\].*\[2, 15\]"),
+        (torch.zeros(2, 16).int(), "images must be a floating-point tensor.*int32"),
+        (torch.full((2, 16), torch.inf), "images must be finite"),
+        (torch.zeros(2, 7, 16), r"image must have shape .*\[2, 7, 16\]"),
+        (torch.zeros(2), r"images: expected features .*\[2\]"),
+        (torch.zeros(2, 16, device="meta"), "images: features are on meta, the backbone is on cpu"),
+    ],
+)
+def test_bad_features_to_train_on(name, features, message, backbone):
+    model = build(name, backbone, **({"image_prompts": False} if name == "cdc" else {}))
+    with pytest.raises(ValueError, match=message):
+        model.loss(features, torch.zeros(2, dtype=torch.long))
+
+
+def test_features_for_each_template_need_templates_of_their_own(backbone):
+    model = ZeroShot(backbone, CLASSES, ["a {}.", "{}."])
+    with pytest.raises(ValueError, match=r"image: expected \[B, D\].*\[4, 2, 16\]"):
+        model.logits(torch.ones(4, 2, 16), model.text_features())
 
 
 def test_bad_options(backbone):
