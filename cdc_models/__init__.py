@@ -1,6 +1,7 @@
 """CLIP towers that take prompts, adaptation methods built on them, data, training and evaluation."""
 
 from cdc_models.clip import ClipBackbone, UnsupportedBackboneError, load_clip
+from cdc_models.data import harmonic_mean
 from cdc_models.engine import (
     Evaluation,
     FitResult,
@@ -27,6 +28,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "fit",
+    "harmonic_mean",
     "load_adapter",
     "load_clip",
     "save_adapter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from cdc_models.clip.anatomy import OpenClip, image_obstacle, text_obstacle, text_parts
-from cdc_models.clip.checks import check_images
+from cdc_models.clip.checks import check_images, usable_device
 from cdc_models.clip.sources import BUNDLED, from_folder, from_name
 
 
@@ -267,7 +268,9 @@ def _feature(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def load_clip(name: str, pretrained: str | None = None, *, device: torch.device | str | None = None) -> ClipBackbone:
+def load_clip(
+    name: str, pretrained: str | os.PathLike[str] | None = None, *, device: torch.device | str | None = None
+) -> ClipBackbone:
     """Load a CLIP, frozen and in evaluation mode, in float32.
 
     Args:
@@ -275,12 +278,13 @@ def load_clip(name: str, pretrained: str | None = None, *, device: torch.device 
             package. With a folder as `pretrained`, only a label: the folder says what the network is.
         pretrained: an open_clip tag (downloaded by open_clip), a local file (safetensors or a torch checkpoint,
             read weights-only), a local folder (open_clip_config.json and weights), or None for random weights.
-        device: where to put it.
+        device: where to put it; None: torch's default device.
 
     Raises:
         ValueError: an unknown name (close ones are listed); a `pretrained` that is neither tag, file nor folder;
-            weights that do not fit; a tag trained with another activation than the name's (OpenAI's weights need
-            the "-quickgelu" names: with the plain ones accuracy silently drops).
+            weights that do not fit; a TorchScript archive (reading one runs it; the message says how to convert it);
+            a tag trained with another activation than the name's (OpenAI's weights need the "-quickgelu" names: with
+            the plain ones accuracy silently drops); a device that is not there.
         RuntimeError: weights that cannot be downloaded.
 
     Example:
@@ -289,6 +293,13 @@ def load_clip(name: str, pretrained: str | None = None, *, device: torch.device 
         >>> backbone.name, backbone.training
         ('bundled', False)
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name: expected an open_clip model name or 'bundled', got {name!r:.80}")
+    if pretrained is not None:
+        if not isinstance(pretrained, str | os.PathLike) or pretrained == "":
+            raise ValueError(f"pretrained: expected a tag, a file, a folder or None, got {pretrained!r:.80}")
+        pretrained = os.fspath(pretrained)
+    device = torch.get_default_device() if device is None else usable_device(device)
     if name == "bundled" or pretrained == "bundled":
         if name != "bundled" or pretrained not in (None, "bundled"):
             raise ValueError(
@@ -302,4 +313,4 @@ def load_clip(name: str, pretrained: str | None = None, *, device: torch.device 
     else:
         source = from_name(name, pretrained)
     backbone = ClipBackbone(source.clip, name=name, pretrained=pretrained, make_tokenizer=source.make_tokenizer)
-    return backbone if device is None else backbone.to(device)
+    return backbone.to(device)

@@ -89,6 +89,12 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_template(argument: str, template: object) -> None:
+    """Raise ValueError unless `template` is a text with one place for a name."""
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise ValueError(f"{argument}: expected a text with exactly one '{{}}', got {template!r:.80}")
+
+
 def words_of(name: str) -> str:
     """A class name as words: underscores count as spaces (the rule of CoOp's data sets, whose names are file names)."""
     return name.replace("_", " ").strip()
@@ -117,8 +123,7 @@ def tokenize_classes(backbone: ClipBackbone, names: Sequence[str], template: str
     """
     backbone.require_promptable_text()
     names = check_names(names)
-    if template.count("{}") != 1:
-        raise ValueError(f"template: expected exactly one '{{}}', got {template!r}")
+    check_template("template", template)
     texts = [words_of(name) for name in names]
 
     head = template.split("{}")[0]

@@ -119,7 +119,7 @@ class Views(nn.Module):
 
     def __init__(self, names: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if isinstance(names, str) or not names:
+        if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"names: expected a non-empty sequence of augmentations, got {names!r}")
         unknown = sorted({part for name in names for part in name.split("+")} - set(VIEWS))
         if unknown:

@@ -11,6 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
+from cdc_models.engine.checks import check_loader, check_method, pair_of
 from cdc_models.methods.base import Method, as_targets
 
 __all__ = ["Evaluation", "Features", "area_under_risk_coverage", "evaluate", "extract_features"]
@@ -101,18 +102,47 @@ def extract_features(model: Method, loader: Labelled, *, progress: bool = True, 
 
     They stay valid for the same image prompts: after `calibrate`, and for `with_classes`.
 
+    Args:
+        model: any method.
+        loader: yields (images [B, 3, H, W], targets [B]); or features, which are checked and brought to the device of
+            the method's backbone.
+        progress: show a progress bar.
+        what: what the progress bar and errors call the images.
+
     Raises:
-        ValueError: for an empty loader.
+        ValueError: for an empty loader, batches that are not (images, targets), images that do not fit the backbone,
+            or features of another shape, dtype or number of targets, or not finite.
+
+    Example:
+        >>> from cdc_models import ZeroShot, load_clip
+        >>> model = ZeroShot(load_clip("bundled"), ["cat", "dog"])
+        >>> features = extract_features(model, [(torch.zeros(2, 3, 48, 48), torch.tensor([0, 1]))], progress=False)
+        >>> features.image.shape, features.targets
+        (torch.Size([2, 128]), tensor([0, 1]))
     """
+    check_method(model)
     if isinstance(loader, Features):
-        return loader
+        return _checked(model, loader, what)
+    check_loader(loader)
     model.eval()
     total = len(loader) if isinstance(loader, Sized) else None
     batches = track(loader, f"reading {what}", total=total, transient=True) if progress else loader
-    pairs = [(model.image_features(x.to(model.backbone.device)).float(), torch.as_tensor(y)) for x, y in batches]
+    device = model.backbone.device
+    pairs = [(model.image_features(x.to(device)).float(), y) for x, y in map(pair_of, batches)]
     if not pairs:
         raise ValueError(f"loader: expected at least one batch of {what}, got none")
-    return Features(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
+    return _checked(model, Features(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])), what)
+
+
+def _checked(model: Method, features: Features, what: str) -> Features:
+    """The features on the device of the method's backbone, or one clear sentence for what are none."""
+    image = features.image
+    if isinstance(image, Tensor):
+        if len(image) == 0:
+            raise ValueError(f"loader: expected features of at least one of the {what}, got {list(image.shape)}")
+        image = image.to(model.backbone.device)
+    model.check_features(image)
+    return Features(image.float(), features.targets)
 
 
 @torch.no_grad()
@@ -145,14 +175,30 @@ def evaluate(
     Args:
         model: a method over the classes that the targets count.
         loader: yields (images [B, 3, H, W], targets [B]); or features from `extract_features`.
-        unknown: likewise, images of none of the model's classes; their targets are not looked at.
+        unknown: likewise, images of none of the model's classes; their targets may be any numbers.
         progress: show progress bars.
 
     Raises:
-        ValueError: for an empty loader, or targets that are not integers in [0, K), one for each image.
+        ValueError: for what `extract_features` refuses, or targets that are not integers in [0, K), one for each image.
+
+    Base-to-new: evaluate base and new classes each for themselves; `harmonic_mean` of the two accuracies is their H.
+
+    Example:
+        >>> from cdc_models import ZeroShot, evaluate, harmonic_mean, load_clip
+        >>> from cdc_models.data import emoji_benchmark, test_transform
+        >>> data = emoji_benchmark(split=0, seed=1, shots=1, val_shots=1)
+        >>> model = ZeroShot(load_clip("bundled"), data.base_test.classes)
+        >>> def few(part):
+        ...     part = part.with_transform(test_transform(model.backbone))
+        ...     return [(torch.stack([part[i][0] for i in range(8)]), torch.tensor([part[i][1] for i in range(8)]))]
+        >>> base = evaluate(model, few(data.base_test), unknown=few(data.new_test), progress=False)
+        >>> new = evaluate(model.with_classes(data.new_test.classes), few(data.new_test), progress=False)
+        >>> base.count, 0 <= base.unknown_auroc <= 1, new.unknown_auroc
+        (8, True, None)
+        >>> harmonic_mean(base.accuracy, new.accuracy) <= max(base.accuracy, new.accuracy)
+        True
     """
     started = time.perf_counter()
-    model.eval()
     features = extract_features(model, loader, progress=progress, what="images of known classes")
     prob, uncertainty = _predict_all(model, features)
     targets = as_targets(features.image, features.targets).cpu()

@@ -17,8 +17,12 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from cdc_models.clip.checks import check_count
 from cdc_models.engine.checkpoint import Checkpoint, Position, Randomness
+from cdc_models.engine.checks import check_loader, check_method, pair_of
 from cdc_models.methods.base import Method
+from cdc_models.methods.options import check_seed
+from cdc_ops import checks
 
 __all__ = ["FitResult", "fit", "learning_rate"]
 
@@ -101,24 +105,47 @@ def fit(
         FitResult.
 
     Raises:
-        ValueError: for settings out of range, a model with nothing to learn, a loader that gives no batch, or a loss
-            that is not finite (the message says at which step; no checkpoint of it is written).
+        ValueError: for settings out of range or of another type, a model with nothing to learn, a loader that gives no
+            batch, images or targets that `Method.loss` refuses, or a loss that is not finite (the message says at which
+            step; no checkpoint of it is written).
         CheckpointError: a checkpoint that is damaged or belongs to another run (a ValueError).
         OSError: a checkpoint that cannot be written; found out before the first step, and an earlier one is kept.
+
+    Source: optimiser and schedule as CoOp (Zhou et al., IJCV 2022) and MaPLe (Khattak et al., CVPR 2023) publish them.
+
+    Example:
+        >>> import torch
+        >>> from cdc_models import CoOp, fit, load_clip
+        >>> model = CoOp(load_clip("bundled"), ["cat", "dog"])
+        >>> images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+        >>> loader = [(images[:2], torch.tensor([0, 1])), (images[2:], torch.tensor([1, 0]))]
+        >>> result = fit(model, loader, epochs=2, seed=0, progress=False)
+        >>> result.steps, len(result.losses), result.interrupted
+        (4, 2, False)
     """
-    if epochs < 0 or warmup_epochs < 0:
-        raise ValueError(f"epochs, warmup_epochs: expected numbers >= 0, got {epochs}, {warmup_epochs}")
-    if not (0 < lr < float("inf") and 0 <= momentum < 1 and weight_decay >= 0):
-        raise ValueError(
-            f"lr, momentum, weight_decay: expected lr > 0, 0 <= momentum < 1, weight_decay >= 0, "
-            f"got {lr}, {momentum}, {weight_decay}"
-        )
+    check_method(model)
+    check_loader(loader)
+    for argument, count in (
+        ("epochs", epochs),
+        ("warmup_epochs", warmup_epochs),
+        ("checkpoint_every", checkpoint_every),
+    ):
+        check_count(argument, count, low=0)
+    lr = checks.number("lr", lr, low=0.0, open_low=True)
+    momentum = checks.number("momentum", momentum, low=0.0)
+    if momentum >= 1:
+        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
+    weight_decay = checks.number("weight_decay", weight_decay, low=0.0)
+    warmup_lr = checks.number("warmup_lr", warmup_lr, low=0.0)
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast: expected torch.bfloat16, torch.float16 or None, got {autocast!r}")
+    if on_epoch is not None and not callable(on_epoch):
+        raise ValueError(f"on_epoch: expected a function of an epoch and its loss, or None, got {on_epoch!r:.80}")
     groups = model.parameter_groups(weight_decay)
     if not any(group["params"] for group in groups):
         raise ValueError(f"model: {type(model).__name__} has nothing to learn")
-    if checkpoint_every < 0:
-        raise ValueError(f"checkpoint_every: expected a number >= 0, got {checkpoint_every}")
     if seed is not None:
+        check_seed(seed)
         torch.manual_seed(seed)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
     device, started = model.backbone.device, time.perf_counter()
@@ -161,7 +188,7 @@ def fit(
                     group["lr"] = rate * group.get("lr_scale", 1.0)
                 if now is not None:
                     randomness.write(epoch_start)
-                batches = iter(loader)
+                batches = map(pair_of, loader)
                 if now is not None and position.batch:  # cut off within an epoch: read again what was done, then go on
                     next(islice(batches, position.batch, position.batch), None)
                     randomness.write(now)
@@ -169,7 +196,11 @@ def fit(
                 for images, targets in batches:
                     images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
                     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                        loss = model.loss(images, targets)
+                        try:
+                            loss = model.loss(images, targets)
+                        except ValueError:
+                            _require_finite(model, position, lr)  # which is the reason, if it is one
+                            raise
                     value = float(loss.detach())
                     if not math.isfinite(value):
                         raise ValueError(

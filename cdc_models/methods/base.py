@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_models.clip import ClipBackbone
+from cdc_models.clip.checks import check_images
 from cdc_models.clip.classes import ClassTokens, check_names, tokenize_classes
 from cdc_models.data.transforms import Views
 from cdc_models.methods.options import check_room
+from cdc_ops import checks
 
-__all__ = ["Method", "Prediction", "SoftmaxMethod", "as_targets", "bounded_temperature"]
+__all__ = ["Method", "Prediction", "SoftmaxMethod", "as_targets", "bounded_temperature", "out_of_inference"]
 
 _MAX_LOG_TEMPERATURE = math.log(100.0)
 
@@ -95,6 +97,8 @@ class Method(nn.Module):
 
     def __init__(self, backbone: ClipBackbone, class_names: Sequence[str]) -> None:
         super().__init__()
+        if not isinstance(backbone, ClipBackbone):
+            raise ValueError(f"backbone: expected a ClipBackbone, as load_clip gives, got {type(backbone).__name__}")
         self.backbone = backbone
         self._set_classes(class_names)
         self.options = {}
@@ -134,14 +138,19 @@ class Method(nn.Module):
             targets: class indices [B], integers.
 
         Raises:
-            ValueError: for targets that do not fit, or features where the image side learns.
+            ValueError: for images, features or targets of other shapes, dtypes or devices, values that are not finite,
+                targets out of range, or features where the image side learns.
         """
         targets = self.check_targets(images, targets)
+        images, targets = out_of_inference(images), out_of_inference(targets)
         if images.ndim > 3:
             if self.views is not None and images.ndim == 4:
+                check_images(images, self.backbone.image_shape, self.backbone.device)
                 images = self.views(images)
             images = self.image_features(images)
-        elif not self.frozen_image:
+        elif self.frozen_image:
+            self.check_features(images, "images")
+        else:
             raise ValueError(
                 f"images: {type(self).__name__} learns on its image side and needs images [B, 3, H, W]; got "
                 f"{tuple(images.shape)}"
@@ -222,6 +231,17 @@ class Method(nn.Module):
         """The numbers that `calibrate` fits, and the mean negative log-likelihood as a function of them."""
         raise NotImplementedError
 
+    def check_features(self, image: Tensor, argument: str = "image") -> None:
+        """Raise ValueError unless `image` holds finite features [B, D] or [B, M, D] on the backbone's device."""
+        size = self.backbone.embed_dim
+        want = f"[B, {size}] or [B, M, {size}]"
+        image = checks.floating(argument, image, want)
+        if image.ndim not in (2, 3) or image.shape[-1] != size or image.numel() == 0:
+            raise ValueError(f"{argument}: expected features {want}, got {checks.came(image)}")
+        if image.device != self.backbone.device:
+            raise ValueError(f"{argument}: features are on {image.device}, the backbone is on {self.backbone.device}")
+        checks.finite(argument, image)
+
     def check_targets(self, images: Tensor, targets: Tensor) -> Tensor:
         """Targets as int64, or one clear sentence for targets that do not fit the images or the classes."""
         count = len(self.class_names)
@@ -237,6 +257,8 @@ class Method(nn.Module):
 
 def as_targets(images: Tensor, targets: Tensor) -> Tensor:
     """Targets as int64, one for each image; what else comes is refused."""
+    if not isinstance(images, Tensor) or images.ndim == 0:
+        raise ValueError(f"images: expected a tensor of images or features, got {checks.came(images)}")
     if not isinstance(targets, Tensor):
         raise ValueError(f"targets: expected a tensor of class indices, got {type(targets).__name__}")
     if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
@@ -244,6 +266,11 @@ def as_targets(images: Tensor, targets: Tensor) -> Tensor:
     if targets.ndim != 1 or len(targets) != len(images):
         raise ValueError(f"targets: expected shape [{len(images)}] to match images, got {tuple(targets.shape)}")
     return targets.long()
+
+
+def out_of_inference(x: Tensor) -> Tensor:
+    """The tensor, or a copy of one that inference mode made: autograd keeps none of those."""
+    return x.clone() if x.is_inference() else x
 
 
 class SoftmaxMethod(Method):
@@ -257,18 +284,26 @@ class SoftmaxMethod(Method):
         self.register_buffer("temperature", torch.tensor(1.0))
 
     def logits(self, image: Tensor, text: Tensor) -> Tensor:
-        """Scaled cosines [B, K] of image features [B, D] or [B, 1, D] and text features [M, K, D]."""
-        prototype = F.normalize(F.normalize(text.float(), dim=-1).mean(0), dim=-1)
-        x = F.normalize(image.float(), dim=-1)
-        x = x.squeeze(1) if x.ndim == 3 else x
-        logits = self.backbone.scale.float() * x @ prototype.T
-        return logits if self.backbone.bias is None else logits + self.backbone.bias.float()
+        """Scaled cosines [B, K] of image features [B, D] or [B, 1, D] and text features [M, K, D].
+
+        Always in float32: at CLIP's scale of 100 a bfloat16 logit is off by up to a quarter.
+        """
+        image, text = checks.features(image, text)
+        if image.ndim == 3 and image.shape[1] > 1:
+            raise ValueError(f"image: expected [B, D], the templates share it, got {checks.came(image)}")
+        with torch.autocast(image.device.type, enabled=False):
+            prototype = F.normalize(F.normalize(text.float(), dim=-1).mean(0), dim=-1)
+            x = F.normalize(image.float(), dim=-1)
+            x = x.squeeze(1) if x.ndim == 3 else x
+            logits = self.backbone.scale.float() * x @ prototype.T
+            return logits if self.backbone.bias is None else logits + self.backbone.bias.float()
 
     def objective(self, image: Tensor, text: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(image, text), targets)
 
     def calibration(self, image: Tensor, text: Tensor, targets: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
         logits = self.logits(image, text).detach()
+        checks.finite("image and text", logits)
         log_temperature = torch.zeros((), device=logits.device, requires_grad=True)
 
         def negative_log_likelihood() -> Tensor:
@@ -280,6 +315,8 @@ class SoftmaxMethod(Method):
         return [log_temperature], negative_log_likelihood
 
     def predict_features(self, image: Tensor, text: Tensor) -> Prediction:
-        prob = (self.logits(image, text) / self.temperature).softmax(-1)
+        logits = self.logits(image, text)
+        checks.finite("image and text", logits)
+        prob = (logits / self.temperature).softmax(-1)
         top, classes = prob.max(-1)
         return Prediction(classes=classes, prob=prob, uncertainty=(1 - top).clamp(0, 1), names=self.class_names)

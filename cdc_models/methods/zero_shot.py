@@ -43,8 +43,9 @@ class ZeroShot(SoftmaxMethod):
         self, backbone: ClipBackbone, class_names: Sequence[str], templates: str | Sequence[str] = "a photo of a {}."
     ) -> None:
         super().__init__(backbone, class_names)
-        self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
-        fill_templates(self.templates, self.class_names)  # which checks them
+        templates = (templates,) if isinstance(templates, str) else templates
+        fill_templates(templates, self.class_names)  # which checks them
+        self.templates = tuple(templates)
         self.options = {"templates": list(self.templates)}
 
     def text_features(self) -> Tensor:

@@ -40,6 +40,11 @@ class CoupledPrompts(nn.Module):
         std: standard deviation of the deep prompts' random start.
         generator: source of randomness; None: torch's global one.
 
+    Raises:
+        ValueError: n or m below 1, a depth that the shallower tower does not have, words of fewer than n tokens or
+            not one text per template, a negative deviation.
+        UnsupportedBackboneError: a tower that cannot be prompted.
+
     The start is MaPLe's: linear maps as torch's Linear, those of the deep layers all alike. With M > 1 every
     template draws its own (our reading; MaPLe has one template).
 
@@ -71,8 +76,8 @@ class CoupledPrompts(nn.Module):
         backbone.require_promptable_text()
         backbone.require_promptable_image()
         deepest = min(backbone.text_depth, backbone.image_depth)
-        if not 1 <= depth <= deepest:
-            raise ValueError(f"depth: expected 1..{deepest} (the shallower tower), got {depth}")
+        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= deepest:
+            raise ValueError(f"depth: expected 1..{deepest} (the shallower tower), got {depth!r}")
         shallow = start_vectors(backbone, n, m, words, noise, std, generator)
         wide, out, device = backbone.text_width, backbone.image_width, backbone.device
         source = generator.device if generator is not None else torch.device("cpu")

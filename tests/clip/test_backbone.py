@@ -1,6 +1,7 @@
 """Loading a CLIP, what a backbone promises, and what it refuses."""
 
 import json
+import re
 
 import open_clip
 import pytest
@@ -147,6 +148,34 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*received a zip file:UserWarning")
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_torchscript_archive_is_refused_and_the_advice_works(tmp_path, folder, monkeypatch):
+    """OpenAI publishes its weights as such archives, with three numbers among them that no network asks for."""
+    clip = small_clip(seed=7)
+    holder = torch.nn.Module()
+    for name, tensor in {**clip.state_dict(), "vocab_size": torch.tensor(49408)}.items():
+        *path, last = name.split(".")
+        owner = holder
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, torch.nn.Module())
+            owner = getattr(owner, part)
+        owner.register_buffer(last, tensor.half() if tensor.is_floating_point() else tensor)
+    archive = tmp_path / "pytorch_model.bin"
+    torch.jit.save(torch.jit.script(holder), archive)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL_CFG}))
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: MODEL_CFG)
+    with pytest.raises(
+        ValueError, match="TorchScript archive.*tag.*'openai'.*convert a file that you trust"
+    ) as refusal:
+        load_clip("ViT-tiny", tmp_path if folder else archive)
+    (advice,) = re.findall(r"safetensors\.torch\.save_file.*", str(refusal.value))
+    exec(f"import open_clip, safetensors.torch; {advice}", {})
+    backbone = load_clip("ViT-tiny", tmp_path / "pytorch_model.safetensors")
+    assert torch.equal(backbone.clip.visual.proj, clip.visual.proj.half().float())
+
+
 @pytest.mark.parametrize(
     ("remove", "message"), [("model.safetensors", "no weights"), ("open_clip_config.json", "no configuration")]
 )
@@ -157,9 +186,44 @@ def test_an_incomplete_folder_is_refused(tmp_path, remove, message):
         load_clip("mine", str(tmp_path))
 
 
-def test_a_configuration_without_a_network_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no 'model_cfg'"):
-        load_clip("mine", str(write_folder(tmp_path, {"preprocess_cfg": {}})))
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"preprocess_cfg": {}}', "has no 'model_cfg'"),
+        ("[]", "has no 'model_cfg'"),
+        ("{", "is not JSON"),
+        ('{"model_cfg": {}}', "does not describe a network"),
+        ('{"model_cfg": {"embed_dim": "x", "vision_cfg": {}, "text_cfg": {}}}', "does not describe a network"),
+    ],
+)
+def test_a_configuration_without_a_network_is_refused(tmp_path, config, message):
+    write_folder(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text(config)
+    with pytest.raises(ValueError, match=f"pretrained: .*open_clip_config.json {message}"):
+        load_clip("mine", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((5,), "name: expected an open_clip model name or 'bundled', got 5"),
+        ((None,), "name: .* got None"),
+        (("hf-hub:nobody/nothing",), "name: .*'hf-hub:nobody/nothing'; .*local folder.*`pretrained`"),
+        (("local-dir:/nowhere", "openai"), "name: .*'local-dir:/nowhere'"),
+        (("ViT-B-32", 5), "pretrained: expected a tag, a file, a folder or None, got 5"),
+        (("ViT-B-32", b"openai"), "pretrained: .* got b'openai'"),
+        (("ViT-B-32", ""), "pretrained: .* got ''"),
+    ],
+)
+def test_arguments_that_are_no_names(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_clip(*arguments)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", 1.5])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"device: '?{device}'? cannot be used"):
+        load_clip("bundled", device=device)
 
 
 @pytest.mark.parametrize("arguments", [("ViT-B-32", "bundled"), ("bundled", "openai")])
