@@ -11,6 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
+from cdc_models import processes
 from cdc_models.methods.base import Method, as_targets
 
 __all__ = ["Evaluation", "Features", "area_under_risk_coverage", "evaluate", "extract_features"]
@@ -101,18 +102,49 @@ def extract_features(model: Method, loader: Labelled, *, progress: bool = True, 
 
     They stay valid for the same image prompts: after `calibrate`, and for `with_classes`.
 
+    In a process group, a loader with a `part`, such as `ImageLoader(..., part=processes.part())`, is read by all
+    processes together, and each has the features of all images in the order of one process. A loader without is taken
+    to be everything, and every process reads it.
+
     Raises:
-        ValueError: for an empty loader.
+        ValueError: for an empty loader, or a part of another number of processes.
     """
     if isinstance(loader, Features):
         return loader
     model.eval()
     total = len(loader) if isinstance(loader, Sized) else None
+    progress = progress and processes.is_first()
     batches = track(loader, f"reading {what}", total=total, transient=True) if progress else loader
-    pairs = [(model.image_features(x.to(model.backbone.device)).float(), torch.as_tensor(y)) for x, y in batches]
+    device, (rank, count), parts = model.backbone.device, processes.part(), getattr(loader, "part", (0, 1))
+    if count > 1 and parts not in ((0, 1), (rank, count)):
+        raise ValueError(f"loader: expected one of everything or of part {(rank, count)}, got part {parts}")
+    pairs, sizes = [], []
+    for x, y in batches:
+        sizes.append(len(y))
+        if len(x) or parts[1] == 1:  # else this process has no image of a batch that others have
+            pairs.append((model.image_features(x.to(device)).float(), torch.as_tensor(y)))
+    if count > 1 and parts[1] > 1:
+        pairs = _of_everyone(pairs, sizes, device)
     if not pairs:
         raise ValueError(f"loader: expected at least one batch of {what}, got none")
     return Features(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
+
+
+def _of_everyone(
+    pairs: list[tuple[Tensor, Tensor]], sizes: list[int], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """The shares that all processes have of each batch, in the order of the images; `sizes`: of this process's."""
+    message = {"sizes": torch.tensor(sizes, dtype=torch.int64)}
+    if pairs:
+        message |= {"image": torch.cat([x for x, _ in pairs]), "targets": torch.cat([y for _, y in pairs])}
+    turns = []
+    for theirs in processes.gather_tensors(message):
+        sizes = theirs["sizes"].tolist()
+        if "image" in theirs:
+            turns.append(
+                list(zip(theirs["image"].to(device).split(sizes), theirs["targets"].split(sizes), strict=True))
+            )
+    return [share for batch in zip(*turns, strict=True) for share in batch]
 
 
 @torch.no_grad()
@@ -139,6 +171,8 @@ def evaluate(
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a method on labelled images and, if given, its reaction to images of unknown classes.
+
+    Several processes may share the images, see `extract_features`: then each returns the figures of all of them.
 
     Args:
         model: a method over the classes that the targets count.
