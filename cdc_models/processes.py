@@ -31,6 +31,7 @@ __all__ = [
     "in_step",
     "is_first",
     "joined",
+    "local_rank",
     "on_first",
     "part",
     "share_tensors",
@@ -52,6 +53,11 @@ def part() -> tuple[int, int]:
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
     return part()[0] == 0
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine, as the launcher counts them."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextmanager
