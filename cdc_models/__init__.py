@@ -8,6 +8,7 @@ from cdc_models.engine import (
     evaluate,
     fit,
     load_adapter,
+    push_adapter,
     save_adapter,
 )
 from cdc_models.methods import CDC, METHODS, CoOp, MaPLe, Method, Prediction, ZeroShot
@@ -29,5 +30,6 @@ __all__ = [
     "fit",
     "load_adapter",
     "load_clip",
+    "push_adapter",
     "save_adapter",
 ]

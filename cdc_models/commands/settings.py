@@ -80,7 +80,7 @@ class Model:
     """Which classifier.
 
     Args:
-        adapter: file that `cdc train` has written; none: zero-shot CLIP.
+        adapter: file that `cdc train` has written, or a hub repository "hf-hub:owner/name"; none: zero-shot CLIP.
         backbone: an open_clip name or "bundled"; none: the adapter's, or ViT-B-16-quickgelu.
         pretrained: its weights, an open_clip tag or a local file or folder; none: the adapter's, or "openai".
     """
