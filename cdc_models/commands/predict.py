@@ -18,7 +18,7 @@ from cdc_models.commands.run_folder import resolved, start_run, write_json
 from cdc_models.commands.settings import Compute, Interrupted, Model, Output
 from cdc_models.data import DatasetError, image_paths
 from cdc_models.methods import Method
-from cdc_models.provenance import git_commit, versions
+from cdc_models.provenance import git_commit, peak_memory, versions
 from cdc_models.shards import part_files, predict_shards, read_part
 
 __all__ = ["Images", "predict"]
@@ -71,6 +71,7 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
     columns = (SpinnerColumn(), TextColumn("images"), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, disable=not output.progress, transient=True)
     task = bar.add_task("", total=None)
+    begun = time.perf_counter()
     try:
         with bar:
             for _ in predict_shards(
@@ -89,6 +90,7 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
         raise Interrupted(f"finished parts are in {images.out}; the same command goes on from there") from None
     with output.status("waiting for the other processes"):
         processes.gather_json(None)
+    predicting = time.perf_counter() - begun
     if not processes.is_first():
         return
     count, reasons, listed, parts = 0, Counter[str](), list[dict[str, str]](), part_files(images.out, images.format)
@@ -106,7 +108,9 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
         "skipped_images": listed,
         "method": classifier.name,
         "processes": processes.part()[1],
+        "seconds_predicting": predicting,
         "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory(classifier.backbone.device),
         "versions": versions(classifier.backbone.device),
         "commit": git_commit(),
     }

@@ -113,6 +113,7 @@ def fit(
             that is not finite (the message says at which step; no checkpoint of it is written).
         CheckpointError: a checkpoint that is damaged or belongs to another run (a ValueError).
         OSError: a checkpoint that cannot be written; found out before the first step, and an earlier one is kept.
+            FirstFailed in the other processes.
     """
     if epochs < 0 or warmup_epochs < 0:
         raise ValueError(f"epochs, warmup_epochs: expected numbers >= 0, got {epochs}, {warmup_epochs}")
