@@ -9,6 +9,7 @@ from cdc_models.engine import (
     evaluate,
     fit,
     load_adapter,
+    push_adapter,
     save_adapter,
 )
 from cdc_models.methods import CDC, METHODS, CoOp, MaPLe, Method, Prediction, ZeroShot
@@ -31,5 +32,6 @@ __all__ = [
     "harmonic_mean",
     "load_adapter",
     "load_clip",
+    "push_adapter",
     "save_adapter",
 ]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from cdc_models import processes
 from cdc_models.commands.parts import dataset_of, model_of
 from cdc_models.commands.run_folder import write_json
 from cdc_models.commands.settings import Compute, Data, Model, Output
@@ -15,7 +16,7 @@ from cdc_models.data import ImageReport, find_published, load_dataset
 from cdc_models.engine import Evaluation
 from cdc_models.engine import evaluate as evaluate_model
 from cdc_models.provenance import git_commit, versions
-from cdc_models.recipes import reader
+from cdc_models.recipes import reader, report_of
 
 __all__ = ["Question", "evaluate"]
 
@@ -51,7 +52,9 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
     if strangers is not None:
         unknown = reader(strangers.test, classifier.backbone, compute.test_batch, compute.readers)
     found = evaluate_model(classifier, known, unknown=unknown, progress=output.progress)
-    reports = {"known": known.report, "unknown": ImageReport(0) if unknown is None else unknown.report}
+    reports = {"known": report_of(known), "unknown": ImageReport(0) if unknown is None else report_of(unknown)}
+    if not processes.is_first():
+        return
     values = {
         "data": dataset.name,
         "split": question.split,

@@ -6,21 +6,26 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from cdc_models.clip import ClipBackbone
+from cdc_models.engine import hub
 from cdc_models.engine.checks import check_method
 from cdc_models.engine.files import read_tensors, write_tensors
+from cdc_models.engine.model_card import model_card
 from cdc_models.methods import METHODS
 from cdc_models.methods.base import Method
 from cdc_models.provenance import library_version
 from cdc_ops.checks import LARGEST
 
-__all__ = ["AdapterError", "adapter_info", "load_adapter", "save_adapter"]
+__all__ = ["AdapterError", "adapter_info", "load_adapter", "push_adapter", "save_adapter"]
 
 FORMAT = 1
+IN_REPOSITORY = "adapter.safetensors"
+"""Name of an adapter in a model hub repository."""
 
 
 class AdapterError(ValueError):
@@ -107,6 +112,9 @@ def save_adapter(model: Method, path: str | os.PathLike[str], summary: dict[str,
 def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What an adapter file says of itself, without a backbone.
 
+    Args:
+        path: file, or hub repository, as for `load_adapter`.
+
     Returns:
         "method", "options", "classes", "backbone" ({"name", "pretrained"}, as `load_clip` takes them) and "summary".
 
@@ -123,7 +131,7 @@ def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
         >>> info["method"], info["classes"], info["backbone"]["name"], info["summary"]
         ('coop', ['cat', 'dog'], 'bundled', {'epochs': 0})
     """
-    _, metadata = _read(Path(path))
+    _, metadata = _read(hub.local_file(path, IN_REPOSITORY))
     try:
         parts = {name: json.loads(metadata[name]) for name in ("options", "classes", "backbone", "summary")}
         name, pretrained = parts["backbone"]["name"], parts["backbone"]["pretrained"]
@@ -156,7 +164,8 @@ def load_adapter(
     """Read an adapter onto the backbone it was trained on.
 
     Args:
-        path: file written by `save_adapter`.
+        path: file written by `save_adapter`; or a hub repository that `push_adapter` has written to,
+            "hf-hub:owner/name" or "hf-hub:owner/name@revision".
         backbone: the same architecture and weights; checked by hash.
         class_names: other classes to use the learned prompts for; None takes those it was trained on.
 
@@ -164,6 +173,7 @@ def load_adapter(
         FileNotFoundError: no such file.
         AdapterError: not an adapter, damaged, of an unknown method, for another backbone or other tensors, or with
             values out of range (a ValueError).
+        OSError: a repository that is not there or cannot be reached.
         ValueError: no backbone, or class names that are empty, duplicate or too long.
 
     Example:
@@ -178,7 +188,7 @@ def load_adapter(
     """
     if not isinstance(backbone, ClipBackbone):
         raise ValueError(f"backbone: expected a ClipBackbone, as load_clip gives, got {type(backbone).__name__}")
-    path = Path(path)
+    path = hub.local_file(path, IN_REPOSITORY)
     tensors, metadata = _read(path)
     if metadata["method"] not in METHODS:
         raise AdapterError(f"{path} is for method {metadata['method']!r}; known are {sorted(METHODS)}")
@@ -206,3 +216,40 @@ def load_adapter(
     model.load_state_dict(tensors, strict=False)
     model = model.to(backbone.device).eval()
     return model if class_names is None else model.with_classes(class_names)
+
+
+def push_adapter(
+    model: Method,
+    repository: str,
+    summary: dict[str, Any] | None = None,
+    *,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Write an adapter into a model hub repository, with a page (README.md) that says what it is and how to load it.
+
+    Needs huggingface_hub, and its login or a token. Nothing but these two files is sent, in one commit; the page is
+    written anew. As in every adapter file, the metadata has the name of the backbone's weights as `load_clip` was given
+    it, be it a path of this machine.
+
+    Args:
+        model: a trained method.
+        repository: "owner/name"; made if it is not there.
+        summary: as for `save_adapter`; it is public where the repository is.
+        private: of a repository that is made now.
+        token: of the hub; None: that of `hf auth login`.
+
+    Returns:
+        The address that `load_adapter` and `cdc predict --adapter` take.
+
+    Raises:
+        ValueError: for a name that no repository can have. OSError: if the hub refuses or cannot be reached.
+        ImportError: without huggingface_hub.
+    """
+    full = hub.create(repository, private, token)
+    address = f"{hub.PREFIX}{full}"
+    with TemporaryDirectory() as folder:
+        save_adapter(model, Path(folder) / IN_REPOSITORY, summary)
+        (Path(folder) / "README.md").write_text(model_card(model, address, summary), encoding="utf-8")
+        hub.upload(full, Path(folder), f"Adapter of the method {model.name}", token)
+    return address

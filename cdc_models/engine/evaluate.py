@@ -11,6 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
+from cdc_models import processes
 from cdc_models.engine.checks import check_loader, check_method, pair_of
 from cdc_models.methods.base import Method, as_targets
 
@@ -102,6 +103,10 @@ def extract_features(model: Method, loader: Labelled, *, progress: bool = True, 
 
     They stay valid for the same image prompts: after `calibrate`, and for `with_classes`.
 
+    In a process group, a loader with a `part`, such as `ImageLoader(..., part=processes.part())`, is read by all
+    processes together, and each has the features of all images in the order of one process. A loader without is taken
+    to be everything, and every process reads it.
+
     Args:
         model: any method.
         loader: yields (images [B, 3, H, W], targets [B]); or features, which are checked and brought to the device of
@@ -111,7 +116,8 @@ def extract_features(model: Method, loader: Labelled, *, progress: bool = True, 
 
     Raises:
         ValueError: for an empty loader, batches that are not (images, targets), images that do not fit the backbone,
-            or features of another shape, dtype or number of targets, or not finite.
+            features of another shape, dtype or number of targets, or not finite, or a part of another number of
+            processes.
 
     Example:
         >>> from cdc_models import ZeroShot, load_clip
@@ -126,9 +132,18 @@ def extract_features(model: Method, loader: Labelled, *, progress: bool = True, 
     check_loader(loader)
     model.eval()
     total = len(loader) if isinstance(loader, Sized) else None
+    progress = progress and processes.is_first()
     batches = track(loader, f"reading {what}", total=total, transient=True) if progress else loader
-    device = model.backbone.device
-    pairs = [(model.image_features(x.to(device)).float(), y) for x, y in map(pair_of, batches)]
+    device, (rank, count), parts = model.backbone.device, processes.part(), getattr(loader, "part", (0, 1))
+    if count > 1 and parts not in ((0, 1), (rank, count)):
+        raise ValueError(f"loader: expected one of everything or of part {(rank, count)}, got part {parts}")
+    pairs, sizes = [], []
+    for x, y in map(pair_of, batches):
+        sizes.append(len(y))
+        if len(x) or parts[1] == 1:  # else this process has no image of a batch that others have
+            pairs.append((model.image_features(x.to(device)).float(), y))
+    if count > 1 and parts[1] > 1:
+        pairs = _of_everyone(pairs, sizes, device)
     if not pairs:
         raise ValueError(f"loader: expected at least one batch of {what}, got none")
     return _checked(model, Features(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])), what)
@@ -143,6 +158,23 @@ def _checked(model: Method, features: Features, what: str) -> Features:
         image = image.to(model.backbone.device)
     model.check_features(image)
     return Features(image.float(), features.targets)
+
+
+def _of_everyone(
+    pairs: list[tuple[Tensor, Tensor]], sizes: list[int], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """The shares that all processes have of each batch, in the order of the images; `sizes`: of this process's."""
+    message = {"sizes": torch.tensor(sizes, dtype=torch.int64)}
+    if pairs:
+        message |= {"image": torch.cat([x for x, _ in pairs]), "targets": torch.cat([y for _, y in pairs])}
+    turns = []
+    for theirs in processes.gather_tensors(message):
+        sizes = theirs["sizes"].tolist()
+        if "image" in theirs:
+            turns.append(
+                list(zip(theirs["image"].to(device).split(sizes), theirs["targets"].split(sizes), strict=True))
+            )
+    return [share for batch in zip(*turns, strict=True) for share in batch]
 
 
 @torch.no_grad()
@@ -171,6 +203,8 @@ def evaluate(
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a method on labelled images and, if given, its reaction to images of unknown classes.
+
+    Several processes may share the images, see `extract_features`: then each returns the figures of all of them.
 
     Args:
         model: a method over the classes that the targets count.

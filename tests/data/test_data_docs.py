@@ -12,7 +12,17 @@ from cdc_models.data import BASE_TO_NEW, IMAGENET_VARIANTS
 from cdc_models.data.open_image import REASONS
 
 PAGE = (Path(__file__).parents[2] / "docs/datasets.md").read_text()
-MODULES = ["datasets", "image_list", "image_loader", "image_report", "listing", "open_image", "protocol", "published"]
+MODULES = [
+    "datasets",
+    "image_list",
+    "image_loader",
+    "image_report",
+    "listing",
+    "open_image",
+    "protocol",
+    "published",
+    "tar_shards",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
