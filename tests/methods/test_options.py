@@ -28,6 +28,9 @@ NAN = float("nan")
         (CDC, {"noise": -0.1}, "noise"),
         (CDC, {"n_templates": 0, "views": None}, "n_templates"),
         (CDC, {"n_templates": 1.5, "views": None}, "n_templates"),
+        (CDC, {"image_start": 3}, "image_start"),
+        (CDC, {"image_start": 1.5, "depth": 1}, "image_start"),
+        (CDC, {"image_start": 1, "depth": 3}, "depth"),
         *[
             (method, {"n_ctx": n, "words": None}, "n_ctx")
             for method in (CoOp, MaPLe, CDC)
