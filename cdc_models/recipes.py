@@ -43,6 +43,7 @@ class Training:
         warmup_lr: learning rate of the warm-up.
         crop: smallest area of a training crop, as a part of the image.
         autocast: number format of the towers' arithmetic; what is learned stays float32.
+        compile: run the step through torch.compile, which takes a minute or more before the first step.
     """
 
     epochs: int = 5
@@ -54,6 +55,7 @@ class Training:
     warmup_lr: float = 1e-5
     crop: float = 0.08
     autocast: Literal["no", "bfloat16"] = "no"
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ def train_on(
         pin_memory=model.backbone.device.type == "cuda",
         part=processes.part(),
     )
+    if training.compile:
+        model.compile(fullgraph=True)
     result = fit(
         model,
         loader,

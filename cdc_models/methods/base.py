@@ -147,7 +147,6 @@ class Method(nn.Module):
             if self.views is not None and images.ndim == 4:
                 check_images(images, self.backbone.image_shape, self.backbone.device)
                 images = self.views(images)
-            images = self.image_features(images)
         elif self.frozen_image:
             self.check_features(images, "images")
         else:
@@ -155,7 +154,32 @@ class Method(nn.Module):
                 f"images: {type(self).__name__} learns on its image side and needs images [B, 3, H, W]; got "
                 f"{tuple(images.shape)}"
             )
-        return self.objective(images, self.text_features(), targets)
+        return self(images, targets)
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The part of `loss` that `compile` compiles: both towers and the objective, of targets already checked."""
+        image = images if images.ndim <= 3 else self.image_features(images)
+        return self.objective(image, self.text_features(), targets)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the training step: from now on `loss` runs its towers and its objective through `torch.compile`.
+
+        One graph, with nothing of ours that breaks it (``fullgraph=True`` works). The first step of a shape takes the
+        time to compile it: seconds to minutes. Checks of targets and views stay outside; whether images are finite is
+        not checked. Copies made by `with_classes` are not compiled. Call it when the model is on its device.
+
+        Args:
+            args, kwargs: of `torch.compile`.
+
+        Example:
+            >>> from cdc_models import CoOp, load_clip
+            >>> model = CoOp(load_clip("bundled"), ["dog", "teapot"])
+            >>> model.compile(fullgraph=True)
+        """
+        images = torch.zeros(1, 3, *self.backbone.image_shape, device=self.backbone.device)
+        with torch.no_grad():  # what is worked out once is worked out now, not traced
+            self.forward(images, torch.zeros(1, dtype=torch.long, device=self.backbone.device))
+        super().compile(*args, **kwargs)
 
     def _changed_classes(self) -> None:
         """Called on the copy that `with_classes` returns, for what depends on the classes."""

@@ -65,6 +65,8 @@ class CDC(Method):
         evidence_head: whether scale and bias of the evidence are trained; if not, they stay CLIP's scale and 0 until
             `calibrate` divides both by its temperature.
         image_prompts: False learns text prompts only; the image side is zero-shot CLIP's.
+        image_start: the first block of the image tower that sees prompts (ours; MaPLe's is 0). The blocks before it run
+            once for an image that the templates share, as in prediction.
         activation, rule, form, kl_weight: see `evidential_cross_entropy`.
         noise: deviation added to each template's start, so that templates that start from one text differ.
         seed: of the random start.
@@ -101,6 +103,7 @@ class CDC(Method):
         trusted: bool = True,
         evidence_head: bool = True,
         image_prompts: bool = True,
+        image_start: int = 0,
         activation: str = "exp",
         rule: str = "dempster",
         form: str = "digamma",
@@ -124,7 +127,7 @@ class CDC(Method):
         noise = checks.number("noise", noise, low=0.0)
         temperature = checks.number("temperature", temperature, low=0.0, open_low=True)
         if image_prompts and depth is None:
-            depth = default_depth(backbone)
+            depth = default_depth(backbone, image_start)
         self.options = {
             "n_templates": n_templates,
             "n_ctx": n_ctx,
@@ -138,6 +141,7 @@ class CDC(Method):
             "trusted": trusted,
             "evidence_head": evidence_head,
             "image_prompts": image_prompts,
+            "image_start": image_start,
             "activation": activation,
             "rule": rule,
             "form": form,
@@ -153,7 +157,14 @@ class CDC(Method):
         if image_prompts:
             assert depth is not None
             self.prompts = CoupledPrompts(
-                backbone, n_ctx, depth, n_templates, words=words, noise=noise, generator=generator
+                backbone,
+                n_ctx,
+                depth,
+                n_templates,
+                words=words,
+                noise=noise,
+                image_start=image_start,
+                generator=generator,
             )
         else:
             backbone.require_promptable_text()
@@ -195,7 +206,7 @@ class CDC(Method):
         """[B, M, D] of images [B, 3, H, W] or views [B, M, 3, H, W]; [B, D] of images without image prompts."""
         if isinstance(self.prompts, CoupledPrompts):
             context, deep = self.prompts.image()
-            return encode_prompted_image(self.backbone, images, context, deep=deep)
+            return encode_prompted_image(self.backbone, images, context, deep=deep, start=self.prompts.image_start)
         with torch.no_grad():
             if isinstance(images, Tensor) and images.ndim == 5:
                 return self.backbone.encode_image(images.flatten(0, 1)).unflatten(0, images.shape[:2])

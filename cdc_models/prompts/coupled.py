@@ -13,12 +13,12 @@ from cdc_models.prompts.context import start_vectors
 PUBLISHED_DEPTH = 9
 
 
-def default_depth(backbone: ClipBackbone) -> int:
-    """MaPLe's 9 layers of prompts, or as many as the shallower tower has.
+def default_depth(backbone: ClipBackbone, image_start: int = 0) -> int:
+    """MaPLe's 9 layers of prompts, or as many as the shallower tower has, the image tower from `image_start` on.
 
     Raises UnsupportedBackboneError if a tower takes no prompts.
     """
-    return min(PUBLISHED_DEPTH, backbone.text_depth, backbone.image_depth)
+    return min(PUBLISHED_DEPTH, backbone.text_depth, backbone.image_depth - image_start)
 
 
 class CoupledPrompts(nn.Module):
@@ -31,13 +31,14 @@ class CoupledPrompts(nn.Module):
     Args:
         backbone: gives the widths and depths, and the embeddings of `words`.
         n: prompt vectors per layer.
-        depth: J, layers with prompts of their own, 1..min(depth of the two towers).
+        depth: J, layers with prompts of their own, 1..min(depth of the two towers), the image tower from `image_start`.
         m: templates.
         words: the shallow text context starts from the first n token embeddings of this text (or of one text per
             template); None: N(0, std).
         shared_projection: one set of linear maps for all templates instead of M.
         noise: standard deviation of what is added to `words`, to tell templates apart that start from one text.
         std: standard deviation of the deep prompts' random start.
+        image_start: the first block of the image tower that sees prompts (`start` of `encode_prompted_image`).
         generator: source of randomness; None: torch's global one.
 
     Raises:
@@ -70,14 +71,19 @@ class CoupledPrompts(nn.Module):
         shared_projection: bool = False,
         noise: float = 0.0,
         std: float = 0.02,
+        image_start: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         backbone.require_promptable_text()
         backbone.require_promptable_image()
-        deepest = min(backbone.text_depth, backbone.image_depth)
+        last = backbone.image_depth - 1
+        if isinstance(image_start, bool) or not isinstance(image_start, int) or not 0 <= image_start <= last:
+            raise ValueError(f"image_start: expected a block, 0..{last}, got {image_start!r}")
+        deepest = min(backbone.text_depth, backbone.image_depth - image_start)
         if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= deepest:
             raise ValueError(f"depth: expected 1..{deepest} (the shallower tower), got {depth!r}")
+        self.image_start = image_start
         shallow = start_vectors(backbone, n, m, words, noise, std, generator)
         wide, out, device = backbone.text_width, backbone.image_width, backbone.device
         source = generator.device if generator is not None else torch.device("cpu")

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tower_reference import VARIANTS, VISION, assert_close, full_image, small_backbone
 
-from cdc_models.clip import UnsupportedBackboneError, encode_prompted_image
+from cdc_models.clip import UnsupportedBackboneError, encode_prompted_image, image_tower
+from cdc_models.clip.blocks import run_block
 
 SIZE, WIDTH = VISION["image_size"], VISION["width"]
 
@@ -48,18 +49,41 @@ BACKBONES = {dtype: small_backbone(dtype=dtype) for dtype in (torch.float32, tor
     b=st.integers(1, 3),
     m=st.integers(1, 3),
     n=st.integers(0, 4),
+    start=st.integers(0, 2),
     j=st.integers(1, 3),
     per_prompt=st.booleans(),
     dtype=st.sampled_from(list(BACKBONES)),
     seed=st.integers(0, 100),
 )
-def test_any_number_of_prompts_matches_the_long_way(b, m, n, j, per_prompt, dtype, seed):
+def test_any_number_of_prompts_matches_the_long_way(b, m, n, start, j, per_prompt, dtype, seed):
     backbone = BACKBONES[dtype]
+    j = min(j, backbone.image_depth - start)
     images = draw((b, m, 3, SIZE, SIZE) if per_prompt else (b, 3, SIZE, SIZE), dtype, seed)
-    context = draw((m, n, WIDTH), dtype, seed + 1)
-    deep = draw((m, j - 1, n, WIDTH), dtype, seed + 2)
-    ours = encode_prompted_image(backbone, images, context, deep=deep)
-    assert_close(ours, full_image(backbone, images, context, deep))
+    context = draw((m, n, WIDTH), dtype, seed + 1).requires_grad_()
+    deep = draw((m, j - 1, n, WIDTH), dtype, seed + 2).requires_grad_()
+    ours = encode_prompted_image(backbone, images, context, deep=deep, start=start)
+    theirs = full_image(backbone, images, context, deep, start)
+    assert_close(ours, theirs)
+    weights, inputs = draw(theirs.shape, dtype, seed + 3), [x for x in (context, deep) if x.numel()]
+    if inputs:
+        ours, theirs = (torch.autograd.grad((features * weights).sum(), inputs) for features in (ours, theirs))
+        for own, other in zip(ours, theirs, strict=True):
+            assert_close(own, other)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_what_no_prompt_has_touched_is_computed_once(start, monkeypatch):
+    backbone = small_backbone()
+    sizes = []
+
+    def counted(block, x, *rest):
+        sizes.append(len(x))
+        return run_block(block, x, *rest)
+
+    monkeypatch.setattr(image_tower, "run_block", counted)
+    images, context = draw((2, 3, SIZE, SIZE)), draw((4, 2, WIDTH)).requires_grad_()
+    encode_prompted_image(backbone, images, context, start=start)
+    assert sizes == [2] * start + [2 * 4] * (backbone.image_depth - start)
 
 
 def test_gradients_reach_images_that_ask_for_them():
@@ -107,6 +131,17 @@ def test_bad_images_are_refused(images, message):
 def test_bad_prompts_are_refused(context, deep, message):
     with pytest.raises(ValueError, match=message):
         encode_prompted_image(small_backbone(), good_images, context, deep=deep)
+
+
+@pytest.mark.parametrize("start", [-1, 3])
+def test_a_start_that_is_no_block_is_refused(start):
+    with pytest.raises(ValueError, match=rf"start: expected a block of the tower, 0\.\.2, got {start}"):
+        encode_prompted_image(small_backbone(), good_images, good_context, start=start)
+
+
+def test_prompts_that_start_late_leave_less_room_for_deep_ones():
+    with pytest.raises(ValueError, match=r"deep: expected .*at most 1, 2"):
+        encode_prompted_image(small_backbone(), good_images, good_context, deep=torch.zeros(4, 2, 2, WIDTH), start=1)
 
 
 @pytest.mark.parametrize(

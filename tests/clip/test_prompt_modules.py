@@ -83,6 +83,19 @@ def test_coupled_prompts_are_no_deeper_than_the_towers(depth):
         CoupledPrompts(small_backbone(), depth=depth)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_start": 3}, r"image_start: expected a block, 0\.\.2, got 3"),
+        ({"image_start": -1}, "image_start"),
+        ({"image_start": 1, "depth": 3}, r"depth: expected 1\.\.2"),
+    ],
+)
+def test_image_prompts_start_within_the_tower(options, message):
+    with pytest.raises(ValueError, match=message):
+        CoupledPrompts(small_backbone(), **({"depth": 1} | options))
+
+
 def test_image_prompts_are_linear_maps_of_the_text_prompts_of_their_template():
     prompts = CoupledPrompts(small_backbone(), n=2, depth=3, m=2, generator=seeded())
     (text, deep_text), (image, deep_image) = prompts.text(), prompts.image()

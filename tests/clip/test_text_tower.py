@@ -1,10 +1,13 @@
 """The text tower against open_clip's own encode_text and against the full-length computation."""
 
+from functools import cache
+
+import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tower_reference import CONTEXT_LENGTH, VARIANTS, assert_close, full_text, small_backbone, small_clip
+from tower_reference import CONTEXT_LENGTH, TEXT, VARIANTS, assert_close, full_text, small_backbone, small_clip
 
 from cdc_models import CDC, CoOp, MaPLe
 from cdc_models.clip import UnsupportedBackboneError, encode_prompted_text, tokenize_classes
@@ -42,30 +45,42 @@ def test_word_embeddings_as_prompts_give_open_clips_features(variant):
     assert_close(ours, want.expand(2, -1, -1))
 
 
+def gradients(features, inputs):
+    """Of a weighted sum of the features, by the inputs that have entries."""
+    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(features.dtype)
+    return torch.autograd.grad((features * weights).sum(), [x for x in inputs if x is not None and x.numel()])
+
+
+def assert_matches_the_full_length_tower(backbone, names, context, deep=None, position="end", chunk=None):
+    """Outputs and gradients of context and deep prompts, to rounding."""
+    classes = tokenize_classes(backbone, names)
+    ours = encode_prompted_text(backbone, classes, context, deep=deep, position=position, chunk=chunk)
+    theirs = full_text(backbone, names, context, deep, position)
+    assert_close(ours, theirs)
+    for own, other in zip(gradients(ours, (context, deep)), gradients(theirs, (context, deep)), strict=True):
+        assert_close(own, other)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_deep_prompts_and_their_gradients_match_the_full_length_tower(variant, dtype):
     backbone = small_backbone(variant, dtype=dtype)
-    context, deep = prompts(backbone, m=2, n=3, j=backbone.text_depth)
-    ours = encode_prompted_text(backbone, tokenize_classes(backbone, NAMES), context, deep=deep)
-    theirs = full_text(backbone, NAMES, context, deep)
-    assert_close(ours, theirs)
-    inputs = (context, deep) if deep.numel() else (context,)
-    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    pairs = zip(
-        torch.autograd.grad((ours * weights).sum(), inputs),
-        torch.autograd.grad((theirs * weights).sum(), inputs),
-        strict=True,
-    )
-    for own, other in pairs:
-        assert_close(own, other)
+    assert_matches_the_full_length_tower(backbone, NAMES, *prompts(backbone, m=2, n=3, j=backbone.text_depth))
 
 
-BACKBONES = {dtype: small_backbone(dtype=dtype) for dtype in (torch.float32, torch.float64)}
+# Those variants that differ in the text tower, at CLIP's own length.
+TEXT_VARIANTS = [name for name, (whole, _, text) in VARIANTS.items() if whole or text]
 
 
-@settings(max_examples=120, deadline=None)
+@cache
+def full_size_context(variant, dtype):
+    whole, vision, text = VARIANTS[variant]
+    return small_backbone((whole, vision, text | {"context_length": 77}), dtype=dtype)
+
+
+@settings(max_examples=150, deadline=None)
 @given(
+    variant=st.sampled_from(["flat", *TEXT_VARIANTS]),
     names=name_lists,
     n=st.integers(1, 5),
     j=st.integers(1, 3),
@@ -73,23 +88,62 @@ BACKBONES = {dtype: small_backbone(dtype=dtype) for dtype in (torch.float32, tor
     position=st.sampled_from(POSITIONS),
     class_specific=st.booleans(),
     chunk=st.none() | st.integers(1, 5),
-    dtype=st.sampled_from(list(BACKBONES)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 100),
 )
-def test_any_prompt_matches_the_full_length_tower(names, n, j, m, position, class_specific, chunk, dtype, seed):
-    backbone = BACKBONES[dtype]
-    classes = tokenize_classes(backbone, names)
+def test_any_prompt_matches_the_77_token_tower(variant, names, n, j, m, position, class_specific, chunk, dtype, seed):
+    backbone = full_size_context(variant, dtype)
+    assert backbone.context_length == 77
+    j = min(j, backbone.text_depth)
     context, deep = prompts(backbone, m, n, j, seed, k=len(names) if class_specific else None)
     if class_specific or position != "end":
         deep = None
-    ours = encode_prompted_text(backbone, classes, context, deep=deep, position=position, chunk=chunk)
-    theirs = full_text(backbone, names, context, deep, position)
-    assert_close(ours, theirs)
-    inputs = [context] if deep is None or deep.numel() == 0 else [context, deep]
-    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    ours, theirs = (torch.autograd.grad((features * weights).sum(), inputs) for features in (ours, theirs))
-    for own, other in zip(ours, theirs, strict=True):
-        assert_close(own, other)
+    assert_matches_the_full_length_tower(backbone, names, context, deep, position, chunk)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["flat", "own attention", "bidirectional"])
+def test_half_precision_is_as_exact_as_open_clips_own(variant, dtype):
+    backbone = small_backbone(variant, dtype=dtype)
+    given = prompts(backbone, m=2, n=3, j=3)
+    ours = encode_prompted_text(backbone, tokenize_classes(backbone, NAMES), given[0], deep=given[1])
+    theirs = full_text(backbone, NAMES, *given)
+    assert ours.dtype == theirs.dtype == dtype
+    exact_given = [x.detach().double().requires_grad_() for x in given]
+    exact = full_text(small_backbone(variant, dtype=dtype).double(), NAMES, *exact_given)
+    truth = [exact, *gradients(exact, exact_given)]
+    errors = [
+        [float((x - y).norm() / y.norm()) for x, y in zip((f, *gradients(f, given)), truth, strict=True)]
+        for f in (ours, theirs)
+    ]
+    for own, other in zip(*errors, strict=True):
+        assert own <= 1.5 * other
+
+
+def listed_text_towers():
+    """One model for each kind of text tower that open_clip lists, sizes and tokenizers aside: name -> (whole, text).
+
+    Towers from Hugging Face are left out: building one takes a package and a download.
+    """
+    kinds = {}
+    for name in open_clip.list_models():
+        cfg = open_clip.get_model_config(name)
+        text = {k: v for k, v in cfg["text_cfg"].items() if k not in {*TEXT, "mlp_ratio"} and "token" not in k}
+        if "hf_model_name" not in text:
+            whole = {k: cfg[k] for k in ("custom_text", "quick_gelu") if k in cfg}
+            kinds.setdefault(repr((whole, text)), (name, whole, text | ({"eos_id": 49407} if "eos_id" in text else {})))
+    return {name: (whole, text) for name, whole, text in kinds.values()}
+
+
+@pytest.mark.parametrize(("name", "kind"), listed_text_towers().items(), ids=lambda x: x if isinstance(x, str) else "")
+def test_every_kind_of_text_tower_in_open_clip_is_right_or_refused(name, kind):
+    whole, text = kind
+    backbone = small_backbone((whole, {}, text))
+    if any(family in name for family in ("coca", "SigLIP", "CLIPA")):
+        with pytest.raises(UnsupportedBackboneError, match="cannot be prompted"):
+            tokenize_classes(backbone, NAMES)
+    else:
+        assert_matches_the_full_length_tower(backbone, NAMES, *prompts(backbone, m=2, n=2, j=3))
 
 
 @pytest.mark.parametrize("position", POSITIONS)

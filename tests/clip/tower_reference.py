@@ -87,8 +87,8 @@ def full_text(backbone, names, context, deep=None, position="end"):
     return torch.stack(features)
 
 
-def full_image(backbone, images, context, deep=None):
-    """[B, M, D]: prompts appended to the image's tokens, one prompt after the other."""
+def full_image(backbone, images, context, deep=None, start=0):
+    """[B, M, D]: prompts appended to the image's tokens (before block `start`), one prompt after the other."""
     visual = backbone.clip.visual
     n, features = context.size(1), []
     for m in range(context.size(0)):
@@ -97,10 +97,13 @@ def full_image(backbone, images, context, deep=None):
         x = visual.conv1(pictures).reshape(b, visual.conv1.out_channels, -1).permute(0, 2, 1)
         x = torch.cat([visual.class_embedding.expand(b, 1, -1), x], dim=1) + visual.positional_embedding
         length = x.size(1)
-        x = visual.ln_pre(torch.cat([x, context[m].expand(b, -1, -1)], dim=1))
+        prompts = context[m].expand(b, -1, -1)
+        x = visual.ln_pre(x if start else torch.cat([x, prompts], dim=1))
         for i, block in enumerate(visual.transformer.resblocks):
-            if deep is not None and 1 <= i <= deep.size(1):
-                x = torch.cat([x[:, : x.size(1) - n], deep[m, i - 1].expand(b, -1, -1)], dim=1)
+            if i == start > 0:
+                x = torch.cat([x, prompts], dim=1)
+            if deep is not None and start + 1 <= i <= start + deep.size(1):
+                x = torch.cat([x[:, : x.size(1) - n], deep[m, i - start - 1].expand(b, -1, -1)], dim=1)
             x = block(x)
         pooled, _ = visual._pool(x[:, :length])  # open_clip's own pooling, without the prompts
         features.append(pooled @ visual.proj)

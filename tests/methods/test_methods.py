@@ -22,6 +22,7 @@ CDC_PARTS_OFF = {
     "trusted": {"trusted": False},
     "evidence head": {"evidence_head": False},
     "image prompts": {"image_prompts": False},
+    "early image prompts": {"image_start": 1, "depth": None},
     "templates": {"n_templates": 1, "views": ["flip"]},
 }
 

@@ -44,6 +44,9 @@ NAN = float("nan")
         (ZeroShot, {"templates": ["a {}.", None]}, "templates"),
         *[(method, {"depth": depth}, "depth") for method in (MaPLe, CDC) for depth in (0, 4, 1.5, "2", True)],
         *[(method, {"seed": seed}, "seed") for method in (CoOp, MaPLe, CDC) for seed in (None, "x", 1.5, 2**64)],
+        (CDC, {"image_start": 3}, "image_start"),
+        (CDC, {"image_start": 1.5, "depth": 1}, "image_start"),
+        (CDC, {"image_start": 1, "depth": 3}, "depth"),
         *[
             (method, {"n_ctx": n, "words": None}, "n_ctx")
             for method in (CoOp, MaPLe, CDC)
