@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hardness
 import pytest
 import report
 import scaling
@@ -111,3 +112,17 @@ def test_growth_is_measured_drawn_and_gone_on_with(tmp_path, monkeypatch, capsys
     scaling.main()
     assert "base:" not in capsys.readouterr().out
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 12
+
+
+def test_hardness_is_measured_on_validation_classes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hardness, "LEVELS", (1.0,))
+    monkeypatch.setattr(hardness, "METHODS", ("zero-shot",))
+    monkeypatch.setattr(sys, "argv", ["hardness.py", f"--out={tmp_path}"])
+    hardness.main()
+    committed = [json.loads(x) for x in (ROOT / "benches/results/hardness/results.jsonl").read_text().splitlines()]
+    for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines()):
+        [same] = [r for r in committed if all(r[n] == row[n] for n in ("method", "split", "hardness"))]
+        assert row["base"] == pytest.approx(same["base"], abs=0.005) and row["new"] == pytest.approx(
+            same["new"], abs=0.005
+        )
+    assert (tmp_path / "table.md").read_text().splitlines()[-1].startswith("| 1.0 |")
