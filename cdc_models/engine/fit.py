@@ -239,7 +239,7 @@ def fit(
                     position.total += value * count
                     position.seen += count
                     if bar is not None and task is not None:
-                        note = f"epoch {position.epoch + 1}/{epochs} loss {position.total / position.seen:.3f}"
+                        note = f"epoch {position.epoch + 1}/{epochs} loss {position.total / max(position.seen, 1):.3f}"
                         bar.update(task, advance=1, note=note)
                     due = checkpoint_every and position.steps % checkpoint_every == 0
                     if due or stop:

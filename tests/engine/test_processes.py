@@ -120,6 +120,18 @@ def uneven():
     return learned(model), result.steps, whole.count
 
 
+def gradients():
+    """One and three images; then two and none; a parameter that nobody has a gradient of."""
+    rank, found = processes.part()[0], []
+    for images in ((1, 3), (2, 0)):
+        parameters = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(1))]
+        if images[rank]:
+            parameters[0].grad = torch.full((2, 2), 1.0 + rank)
+        told = processes.sum_gradients(parameters, images[rank], float(rank), stop=rank == 1)
+        found.append((told, [None if p.grad is None else p.grad.unique().tolist() for p in parameters]))
+    return found
+
+
 def data_of(data):
     return [data[i] for i in range(len(data))]
 
@@ -134,7 +146,7 @@ def work(rank, folder):
             found = {name: training(processes.part(), name) for name in ("coop", "maple", "cdc")}
             found["evaluation"] = evaluation(processes.part())
             found["whole"], found["broken"] = stopping(folder, True), stopping(folder, False)
-            found["refusals"], found["uneven"] = refusals(folder), uneven()
+            found["refusals"], found["uneven"], found["gradients"] = refusals(folder), uneven(), gradients()
             found["messages"] = processes.gather_json({"from": rank}), processes.gather_tensors({"x": torch.ones(rank)})
     except Exception:
         found = {"error": traceback.format_exc()}
@@ -221,6 +233,13 @@ def test_loaders_of_unequal_length_wait_for_nobody(two):
         assert count == 23  # a loader without part is everything, in each process
 
 
+def test_gradients_are_averaged_over_images(two):
+    for rank in range(2):
+        uneven, empty = two[rank]["gradients"]
+        assert uneven == ((4, 0.75, True), [[1.75], None])  # (1 * 1 + 3 * 2) / 4
+        assert empty == ((2, 0.0, True), [[1.0], None])
+
+
 def test_messages(two):
     for rank in range(2):
         told, tensors = two[rank]["messages"]
@@ -244,4 +263,4 @@ def test_alone_nothing_is_joined(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with processes.joined():
         assert processes.part() == (0, 1) and processes.is_first()
-    assert processes.gather_json((1, 2)) == [[1, 2]]
+    assert processes.gather_json({1, 2}) == [{1, 2}]
