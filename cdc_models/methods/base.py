@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_models.clip import ClipBackbone
+from cdc_models.clip.backbone import check_backbone
 from cdc_models.clip.checks import check_images
 from cdc_models.clip.classes import ClassTokens, check_names, tokenize_classes
 from cdc_models.data.transforms import Views
@@ -97,8 +98,7 @@ class Method(nn.Module):
 
     def __init__(self, backbone: ClipBackbone, class_names: Sequence[str]) -> None:
         super().__init__()
-        if not isinstance(backbone, ClipBackbone):
-            raise ValueError(f"backbone: expected a ClipBackbone, as load_clip gives, got {type(backbone).__name__}")
+        check_backbone(backbone)
         self.backbone = backbone
         self._set_classes(class_names)
         self.options = {}
@@ -242,6 +242,13 @@ class Method(nn.Module):
             raise ValueError(f"{argument}: features are on {image.device}, the backbone is on {self.backbone.device}")
         checks.finite(argument, image)
 
+    def check_text(self, text: Tensor) -> None:
+        """Raise ValueError unless `text` holds finite features [M, K, D] of as many classes as there are names."""
+        text = checks.text_features("text", text)
+        if text.shape[1] != len(self.class_names):
+            raise ValueError(f"text: expected features of {len(self.class_names)} classes, got {checks.came(text)}")
+        checks.finite("text", text)
+
     def check_targets(self, images: Tensor, targets: Tensor) -> Tensor:
         """Targets as int64, or one clear sentence for targets that do not fit the images or the classes."""
         count = len(self.class_names)
@@ -302,8 +309,8 @@ class SoftmaxMethod(Method):
         return F.cross_entropy(self.logits(image, text), targets)
 
     def calibration(self, image: Tensor, text: Tensor, targets: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        self.check_text(text)
         logits = self.logits(image, text).detach()
-        checks.finite("image and text", logits)
         log_temperature = torch.zeros((), device=logits.device, requires_grad=True)
 
         def negative_log_likelihood() -> Tensor:
@@ -315,8 +322,8 @@ class SoftmaxMethod(Method):
         return [log_temperature], negative_log_likelihood
 
     def predict_features(self, image: Tensor, text: Tensor) -> Prediction:
-        logits = self.logits(image, text)
-        checks.finite("image and text", logits)
-        prob = (logits / self.temperature).softmax(-1)
+        self.check_features(image)
+        self.check_text(text)
+        prob = (self.logits(image, text) / self.temperature).softmax(-1)
         top, classes = prob.max(-1)
         return Prediction(classes=classes, prob=prob, uncertainty=(1 - top).clamp(0, 1), names=self.class_names)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cdc_models.clip.backbone import ClipBackbone
+from cdc_models.clip.backbone import ClipBackbone, check_backbone
 from cdc_models.prompts.context import start_vectors
 
 PUBLISHED_DEPTH = 9
@@ -73,6 +73,7 @@ class CoupledPrompts(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_backbone(backbone)
         backbone.require_promptable_text()
         backbone.require_promptable_image()
         deepest = min(backbone.text_depth, backbone.image_depth)

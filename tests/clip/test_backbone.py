@@ -11,7 +11,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from tower_reference import CONTEXT_LENGTH, TEXT, VISION, small_backbone, small_clip
 
-from cdc_models.clip import ClipBackbone, UnsupportedBackboneError, load_clip, sources
+from cdc_models.clip import (
+    ClipBackbone,
+    UnsupportedBackboneError,
+    encode_prompted_image,
+    encode_prompted_text,
+    load_clip,
+    sources,
+    tokenize_classes,
+)
+from cdc_models.data import test_transform as plain_transform
+from cdc_models.data import train_transform
+from cdc_models.prompts import CoupledPrompts, PromptContext
 
 MODEL_CFG = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
 
@@ -374,10 +385,59 @@ def test_texts_that_do_not_fit_are_named_not_cut():
     assert "a cat" not in str(error.value)
 
 
-@pytest.mark.parametrize("tokens", [torch.zeros(2, CONTEXT_LENGTH), torch.zeros(3, dtype=torch.long), ["a cat"]])
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        torch.zeros(2, CONTEXT_LENGTH),
+        torch.zeros(2, CONTEXT_LENGTH, dtype=torch.bool),
+        torch.zeros(3, dtype=torch.long),
+        torch.zeros(2, CONTEXT_LENGTH - 1, dtype=torch.long),
+        torch.zeros(0, CONTEXT_LENGTH, dtype=torch.long),
+        ["a cat"],
+    ],
+)
 def test_bad_tokens_are_refused(tokens):
     with pytest.raises(ValueError, match="tokens: expected token ids"):
         small_backbone().encode_text(tokens)
+
+
+@pytest.mark.parametrize("token", [-1, 49408])
+def test_tokens_that_the_vocabulary_has_not(token):
+    with pytest.raises(ValueError, match=rf"tokens: expected ids in \[0, 49408\), got {token} to {token}"):
+        small_backbone().encode_text(torch.full((1, CONTEXT_LENGTH), token))
+
+
+def test_words_that_are_no_text():
+    with pytest.raises(ValueError, match="text: expected a text, got 5"):
+        small_backbone().encode_words(5)
+
+
+@pytest.mark.parametrize("clip", [5, None, torch.nn.Linear(2, 2)], ids=["number", "none", "layer"])
+def test_what_is_no_network(clip):
+    with pytest.raises(ValueError, match="clip: expected an open_clip CLIP.*got (int|NoneType|Linear)"):
+        ClipBackbone(clip)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: encode_prompted_text("b", None, None),
+        lambda: encode_prompted_image(None, None, None),
+        lambda: tokenize_classes("bundled", ["cat"]),
+        lambda: PromptContext("bundled", 2),
+        lambda: CoupledPrompts(5),
+        lambda: train_transform("bundled"),
+        lambda: plain_transform(small_clip()),
+    ],
+)
+def test_what_is_no_backbone(call):
+    with pytest.raises(ValueError, match="backbone: expected a ClipBackbone, as load_clip gives, got "):
+        call()
+
+
+def test_names_in_place_of_class_tokens():
+    with pytest.raises(ValueError, match="classes: expected what tokenize_classes gives, got list"):
+        encode_prompted_text(small_backbone(), ["cat"], torch.zeros(1, 2, 48))
 
 
 @pytest.mark.parametrize(

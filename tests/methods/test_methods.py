@@ -241,11 +241,33 @@ def test_bad_targets(name, targets, message, backbone, images):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     ("names", "message"),
-    [([], "names"), (["cat", "cat"], "names.*cat"), (["cat", " "], "names"), (["a b " * 30], "long")],
+    [
+        ([], "names: .*empty list"),
+        (["cat", "cat"], "names: 'cat' and 'cat' are the same class"),
+        (["Cat", "cat"], "names: 'cat' and 'Cat' are the same class"),
+        (["a_cat", "a cat"], "names: 'a cat' and 'a_cat' are the same class"),
+        (["cat", " "], "names: .*blank"),
+        (["a b " * 30], "too long"),
+        ("cat", "names: expected a sequence"),
+        (["cat", 5], "names: expected a sequence"),
+        (None, "names: expected a sequence"),
+        ({"cat": 0}, "names: expected a sequence"),
+    ],
 )
-def test_bad_class_names(name, names, message, backbone, images):
+def test_bad_class_names(name, names, message, backbone):
+    """When a method is built, and when it moves to other classes."""
     with pytest.raises(ValueError, match=message):
-        build(name, backbone, names).predict(images)
+        build(name, backbone, names)
+    with pytest.raises(ValueError, match=message):
+        build(name, backbone).with_classes(names)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_text_features_of_other_classes(name, backbone):
+    model = build(name, backbone)
+    text = model.with_classes(["spoon", "fork"]).cached_text_features()
+    with pytest.raises(ValueError, match="text: expected features of 3 classes"):
+        model.predict_features(torch.ones(2, 16), text)
 
 
 @pytest.mark.parametrize("name", METHODS)
