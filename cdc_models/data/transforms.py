@@ -78,7 +78,10 @@ def train_transform(
 def test_transform(backbone: ClipBackbone) -> v2.Transform:
     """CoOp's test transform: shorter side to size (bicubic), centre crop, CLIP's mean and deviation.
 
-    Takes what `train_transform`'s takes, and raises what it raises.
+    Takes what `train_transform`'s takes.
+
+    Raises:
+        ValueError, UnsupportedBackboneError: as `train_transform`.
 
     Source: CoOp (Zhou et al., IJCV 2022), published configuration.
 

@@ -38,6 +38,14 @@ class Prediction:
         prompt_uncertainty: vacuity of each template's own opinion, [B, M], or None.
         conflict: how far the templates contradict each other, [B], or None.
         names: the K class names.
+
+    Example:
+        >>> import torch
+        >>> from cdc_models import ZeroShot, load_clip
+        >>> model = ZeroShot(load_clip("bundled"), ["dog", "teapot"])
+        >>> said = model.predict(torch.zeros(3, 3, 48, 48))
+        >>> said.prob.shape, said.uncertainty.shape, said.belief, len(said.labels())
+        (torch.Size([3, 2]), torch.Size([3]), None, 3)
     """
 
     classes: Tensor
@@ -85,6 +93,32 @@ class Method(nn.Module):
         name_wise (of the class): whether the text features of a class follow from its own name alone, so that those of
             names which stay may be reused when classes change. A subclass whose features depend on the other classes
             sets it to False.
+
+    Raises:
+        ValueError: no backbone, or class names that are empty, duplicate or too long.
+        UnsupportedBackboneError: a method that prompts the text tower on one that takes no prompts.
+
+    Example:
+        >>> import torch
+        >>> from cdc_models import fit, load_clip
+        >>> from cdc_models.methods.base import SoftmaxMethod
+        >>> class Nudge(SoftmaxMethod):
+        ...     name, prompted, frozen_image = "nudge", False, True
+        ...     def __init__(self, backbone, class_names):
+        ...         super().__init__(backbone, class_names)
+        ...         self.step = torch.nn.Parameter(torch.zeros(backbone.embed_dim))
+        ...     def text_features(self):  # [M, K, D], here with one template
+        ...         tokens = self.backbone.tokenize([f"a photo of a {name}." for name in self.class_names])
+        ...         return (self.backbone.encode_text(tokens) + self.step).unsqueeze(0)
+        ...     def image_features(self, images):
+        ...         return self.backbone.encode_image(images)
+        >>> model = Nudge(load_clip("bundled"), ["cat", "dog"])
+        >>> batch = torch.zeros(2, 3, 48, 48), torch.tensor([0, 0])
+        >>> losses = fit(model, [batch], epochs=3, lr=0.1, progress=False).losses
+        >>> list(model.learned_parameters()), losses[-1] < losses[0]
+        (['step'], True)
+        >>> model.with_classes(["cow", "horse", "sheep"]).predict(batch[0]).prob.shape
+        torch.Size([2, 3])
     """
 
     prompted: ClassVar[bool] = True

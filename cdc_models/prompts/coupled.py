@@ -17,6 +17,12 @@ def default_depth(backbone: ClipBackbone) -> int:
     """MaPLe's 9 layers of prompts, or as many as the shallower tower has.
 
     Raises UnsupportedBackboneError if a tower takes no prompts.
+
+    Example:
+        >>> from cdc_models.clip import load_clip
+        >>> backbone = load_clip("bundled")
+        >>> default_depth(backbone) == min(backbone.text_depth, backbone.image_depth)
+        True
     """
     return min(PUBLISHED_DEPTH, backbone.text_depth, backbone.image_depth)
 

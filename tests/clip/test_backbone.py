@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tower_reference import CONTEXT_LENGTH, TEXT, VISION, small_backbone, small_clip
 
+from cdc_models import CDC, CoOp, MaPLe, ZeroShot
 from cdc_models.clip import (
     ClipBackbone,
     UnsupportedBackboneError,
@@ -281,22 +282,30 @@ def test_coca_returns_unnormalised_single_features():
     assert abs(image.norm() - 1) > 1e-3
 
 
-def test_hugging_face_text_towers_are_refused_for_prompts():
-    class Encoder(HFTextEncoder):
-        def __init__(self):
-            torch.nn.Module.__init__(self)
-            self.output_dim = 32
+class StandInForAHuggingFaceTower(HFTextEncoder):
+    """Is one by type, and has nothing of one inside: the tests do without the transformers package."""
 
-        def forward(self, tokens):
-            return tokens.float() @ torch.ones(CONTEXT_LENGTH, 32)
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.output_dim = 32
 
+    def forward(self, tokens):
+        return tokens.float() @ torch.ones(CONTEXT_LENGTH, 32).cumsum(1)
+
+
+def test_a_stand_in_for_a_hugging_face_text_tower_works_for_zero_shot_and_is_refused_for_prompts():
     clip = small_clip("custom text")
-    clip.text = Encoder()
-    backbone = ClipBackbone(clip, name="hf", make_tokenizer=small_backbone().tokenizer.__class__)
+    clip.text = StandInForAHuggingFaceTower()
+    backbone = ClipBackbone(
+        clip, name="hf", make_tokenizer=lambda: open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH)
+    )
     assert backbone.embed_dim == 32
     assert backbone.encode_text(torch.ones(2, CONTEXT_LENGTH, dtype=torch.long)).shape == (2, 32)
-    for refused in (backbone.require_promptable_text, lambda: backbone.text_width, lambda: backbone.text_depth):
-        with pytest.raises(UnsupportedBackboneError, match="Encoder, not one of open_clip's own text transformers"):
+    assert ZeroShot(backbone, ["cat", "dog"]).predict(torch.zeros(1, 3, 32, 32)).prob.shape == (1, 2)
+    uses = [backbone.require_promptable_text, lambda: backbone.text_width, lambda: backbone.text_depth]
+    uses += [lambda method=method: method(backbone, ["cat", "dog"]) for method in (CoOp, MaPLe, CDC)]
+    for refused in uses:
+        with pytest.raises(UnsupportedBackboneError, match="StandIn.*, not one of open_clip's own text transformers"):
             refused()
 
 
