@@ -14,7 +14,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from cdc_models.clip.anatomy import OpenClip, image_obstacle, text_obstacle, text_parts
-from cdc_models.clip.checks import check_images, usable_device
+from cdc_models.clip.checks import check_images, shape_of, usable_device
 from cdc_models.clip.sources import BUNDLED, from_folder, from_name
 
 
@@ -32,6 +32,9 @@ class ClipBackbone(nn.Module):
         clip: an open_clip CLIP, CustomTextCLIP or CoCa.
         name, pretrained: labels of the architecture and the weights.
         make_tokenizer: called once, when a text is first tokenised.
+
+    Raises:
+        ValueError: what is no open_clip network.
 
     Example:
         >>> from cdc_models.clip import load_clip
@@ -52,6 +55,9 @@ class ClipBackbone(nn.Module):
         make_tokenizer: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
+        parts = ("visual", "encode_image", "encode_text", "logit_scale", "context_length")
+        if not isinstance(clip, nn.Module) or not all(hasattr(clip, part) for part in parts):
+            raise ValueError(f"clip: expected an open_clip CLIP, CustomTextCLIP or CoCa, got {type(clip).__name__}")
         self.clip = clip.requires_grad_(False).eval()
         self.training = False
         self.name, self.pretrained = name, pretrained
@@ -106,6 +112,8 @@ class ClipBackbone(nn.Module):
 
     def encode_words(self, text: str) -> list[int]:
         """Token ids of a text, without start, end and padding."""
+        if not isinstance(text, str):
+            raise ValueError(f"text: expected a text, got {text!r:.80}")
         if hasattr(self.tokenizer, "encode"):
             return list(self.tokenizer.encode(text))
         cleaned = self.tokenizer.clean_fn(text)
@@ -124,9 +132,14 @@ class ClipBackbone(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [N, context_length] -> features [N, D], unnormalised, as open_clip's own encode_text."""
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
-            got = f"{list(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"tokens: expected token ids [N, {self.context_length}], got {got}")
+        good = isinstance(tokens, Tensor) and tokens.dtype in (torch.int64, torch.int32) and tokens.ndim == 2
+        if not good or tokens.size(1) != self.context_length or len(tokens) == 0:
+            raise ValueError(f"tokens: expected token ids [N, {self.context_length}], got {shape_of(tokens)}")
+        parts = text_parts(self.clip)
+        if parts is not None and not torch.compiler.is_compiling():
+            known, low, high = parts.token_embedding.num_embeddings, int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= known:
+                raise ValueError(f"tokens: expected ids in [0, {known}), got {low} to {high}")
         return _feature(self.clip.encode_text(tokens.to(self.device), normalize=False))
 
     def require_promptable_text(self) -> None:
@@ -261,6 +274,12 @@ class ClipBackbone(nn.Module):
             raise UnsupportedBackboneError(
                 f"the {tower} tower of {self.name} cannot be prompted: {obstacle}; ZeroShot works with it"
             )
+
+
+def check_backbone(backbone: object) -> None:
+    """Raise ValueError unless `backbone` is a ClipBackbone."""
+    if not isinstance(backbone, ClipBackbone):
+        raise ValueError(f"backbone: expected a ClipBackbone, as load_clip gives, got {type(backbone).__name__}")
 
 
 def _feature(output: Any) -> Tensor:

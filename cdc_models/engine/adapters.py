@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cdc_models.clip import ClipBackbone
+from cdc_models.clip.backbone import check_backbone
 from cdc_models.engine import hub
 from cdc_models.engine.checks import check_method
 from cdc_models.engine.files import read_tensors, write_tensors
@@ -186,8 +187,7 @@ def load_adapter(
         >>> type(model).__name__, model.class_names
         ('CoOp', ('cow', 'horse'))
     """
-    if not isinstance(backbone, ClipBackbone):
-        raise ValueError(f"backbone: expected a ClipBackbone, as load_clip gives, got {type(backbone).__name__}")
+    check_backbone(backbone)
     path = hub.local_file(path, IN_REPOSITORY)
     tensors, metadata = _read(path)
     if metadata["method"] not in METHODS:

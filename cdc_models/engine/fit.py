@@ -51,12 +51,17 @@ def learning_rate(epoch: int, epochs: int, lr: float, warmup_epochs: int = 1, wa
 
     ``lr(e) = lr / 2 (1 + cos(pi (e - warmup) / T))`` for e >= warmup, with T = epochs.
 
+    Raises:
+        ValueError: a negative epoch, or none in all.
+
     Source: MaPLe's published schedule (one warm-up epoch at 1e-5).
 
     Example:
         >>> [round(learning_rate(e, 5, 0.0035), 5) for e in range(5)]
         [1e-05, 0.0035, 0.00317, 0.00229, 0.00121]
     """
+    check_count("epoch", epoch, low=0)
+    check_count("epochs", epochs)
     if epoch < warmup_epochs:
         return warmup_lr
     return 0.5 * lr * (1 + math.cos(math.pi * (epoch - warmup_epochs) / epochs))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_models.clip import ClipBackbone
+from cdc_models.clip.backbone import check_backbone
 from cdc_models.clip.checks import check_images
 from cdc_models.clip.classes import ClassTokens, check_names, tokenize_classes
 from cdc_models.data.transforms import Views
@@ -37,6 +38,14 @@ class Prediction:
         prompt_uncertainty: vacuity of each template's own opinion, [B, M], or None.
         conflict: how far the templates contradict each other, [B], or None.
         names: the K class names.
+
+    Example:
+        >>> import torch
+        >>> from cdc_models import ZeroShot, load_clip
+        >>> model = ZeroShot(load_clip("bundled"), ["dog", "teapot"])
+        >>> said = model.predict(torch.zeros(3, 3, 48, 48))
+        >>> said.prob.shape, said.uncertainty.shape, said.belief, len(said.labels())
+        (torch.Size([3, 2]), torch.Size([3]), None, 3)
     """
 
     classes: Tensor
@@ -84,6 +93,32 @@ class Method(nn.Module):
         name_wise (of the class): whether the text features of a class follow from its own name alone, so that those of
             names which stay may be reused when classes change. A subclass whose features depend on the other classes
             sets it to False.
+
+    Raises:
+        ValueError: no backbone, or class names that are empty, duplicate or too long.
+        UnsupportedBackboneError: a method that prompts the text tower on one that takes no prompts.
+
+    Example:
+        >>> import torch
+        >>> from cdc_models import fit, load_clip
+        >>> from cdc_models.methods.base import SoftmaxMethod
+        >>> class Nudge(SoftmaxMethod):
+        ...     name, prompted, frozen_image = "nudge", False, True
+        ...     def __init__(self, backbone, class_names):
+        ...         super().__init__(backbone, class_names)
+        ...         self.step = torch.nn.Parameter(torch.zeros(backbone.embed_dim))
+        ...     def text_features(self):  # [M, K, D], here with one template
+        ...         tokens = self.backbone.tokenize([f"a photo of a {name}." for name in self.class_names])
+        ...         return (self.backbone.encode_text(tokens) + self.step).unsqueeze(0)
+        ...     def image_features(self, images):
+        ...         return self.backbone.encode_image(images)
+        >>> model = Nudge(load_clip("bundled"), ["cat", "dog"])
+        >>> batch = torch.zeros(2, 3, 48, 48), torch.tensor([0, 0])
+        >>> losses = fit(model, [batch], epochs=3, lr=0.1, progress=False).losses
+        >>> list(model.learned_parameters()), losses[-1] < losses[0]
+        (['step'], True)
+        >>> model.with_classes(["cow", "horse", "sheep"]).predict(batch[0]).prob.shape
+        torch.Size([2, 3])
     """
 
     prompted: ClassVar[bool] = True
@@ -97,8 +132,7 @@ class Method(nn.Module):
 
     def __init__(self, backbone: ClipBackbone, class_names: Sequence[str]) -> None:
         super().__init__()
-        if not isinstance(backbone, ClipBackbone):
-            raise ValueError(f"backbone: expected a ClipBackbone, as load_clip gives, got {type(backbone).__name__}")
+        check_backbone(backbone)
         self.backbone = backbone
         self._set_classes(class_names)
         self.options = {}
@@ -266,6 +300,13 @@ class Method(nn.Module):
             raise ValueError(f"{argument}: features are on {image.device}, the backbone is on {self.backbone.device}")
         checks.finite(argument, image)
 
+    def check_text(self, text: Tensor) -> None:
+        """Raise ValueError unless `text` holds finite features [M, K, D] of as many classes as there are names."""
+        text = checks.text_features("text", text)
+        if text.shape[1] != len(self.class_names):
+            raise ValueError(f"text: expected features of {len(self.class_names)} classes, got {checks.came(text)}")
+        checks.finite("text", text)
+
     def check_targets(self, images: Tensor, targets: Tensor) -> Tensor:
         """Targets as int64, or one clear sentence for targets that do not fit the images or the classes."""
         count = len(self.class_names)
@@ -326,8 +367,8 @@ class SoftmaxMethod(Method):
         return F.cross_entropy(self.logits(image, text), targets)
 
     def calibration(self, image: Tensor, text: Tensor, targets: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        self.check_text(text)
         logits = self.logits(image, text).detach()
-        checks.finite("image and text", logits)
         log_temperature = torch.zeros((), device=logits.device, requires_grad=True)
 
         def negative_log_likelihood() -> Tensor:
@@ -339,8 +380,8 @@ class SoftmaxMethod(Method):
         return [log_temperature], negative_log_likelihood
 
     def predict_features(self, image: Tensor, text: Tensor) -> Prediction:
-        logits = self.logits(image, text)
-        checks.finite("image and text", logits)
-        prob = (logits / self.temperature).softmax(-1)
+        self.check_features(image)
+        self.check_text(text)
+        prob = (self.logits(image, text) / self.temperature).softmax(-1)
         top, classes = prob.max(-1)
         return Prediction(classes=classes, prob=prob, uncertainty=(1 - top).clamp(0, 1), names=self.class_names)

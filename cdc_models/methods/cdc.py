@@ -247,6 +247,7 @@ class CDC(Method):
     def calibration(self, image: Tensor, text: Tensor, targets: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
         # One temperature for all evidence logits. Fitting every scale and bias anew gains a point of calibration
         # error, but likelihood then drives vacuity to 0 and silences templates: it does not ask for either.
+        self.check_text(text)
         scale, bias = self.head.scale.detach().clone(), self.head.bias.detach().clone()
         log_temperature = torch.zeros((), device=scale.device, requires_grad=True)
 
@@ -287,6 +288,8 @@ class CDC(Method):
         return self.head(image, self.cached_text_features() if text is None else text)
 
     def predict_features(self, image: Tensor, text: Tensor) -> Prediction:
+        self.check_features(image)
+        self.check_text(text)
         if not self.trusted:
             prob = self.template_prob(image, text).mean(1)
             top, classes = prob.max(-1)
@@ -305,7 +308,6 @@ class CDC(Method):
     def template_prob(self, image: Tensor, text: Tensor | None = None) -> Tensor:
         """What each template thinks by itself: class probabilities [B, M, K] of image features."""
         logits = self._logits(image, self.cached_text_features() if text is None else text)
-        checks.finite("image and text", logits)
         if not self.trusted:
             return logits.softmax(-1)
         return Opinion.from_log_ratio(log_ratio_from_logits(logits, self.head.activation, logits.shape[-1])).prob

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cdc_models.clip.anatomy import text_parts
-from cdc_models.clip.backbone import ClipBackbone
+from cdc_models.clip.backbone import ClipBackbone, check_backbone
 from cdc_models.clip.checks import check_count
 from cdc_ops import checks
 
@@ -101,6 +101,7 @@ class PromptContext(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_backbone(backbone)
         if n_classes is not None:
             check_count("n_classes", n_classes)
         if n_classes is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cdc_models.clip.backbone import ClipBackbone
+from cdc_models.clip.backbone import ClipBackbone, check_backbone
 from cdc_models.prompts.context import start_vectors
 
 PUBLISHED_DEPTH = 9
@@ -17,6 +17,12 @@ def default_depth(backbone: ClipBackbone, image_start: int = 0) -> int:
     """MaPLe's 9 layers of prompts, or as many as the shallower tower has, the image tower from `image_start` on.
 
     Raises UnsupportedBackboneError if a tower takes no prompts.
+
+    Example:
+        >>> from cdc_models.clip import load_clip
+        >>> backbone = load_clip("bundled")
+        >>> default_depth(backbone) == min(backbone.text_depth, backbone.image_depth)
+        True
     """
     return min(PUBLISHED_DEPTH, backbone.text_depth, backbone.image_depth - image_start)
 
@@ -75,6 +81,7 @@ class CoupledPrompts(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_backbone(backbone)
         backbone.require_promptable_text()
         backbone.require_promptable_image()
         last = backbone.image_depth - 1

@@ -53,6 +53,8 @@ def fill_templates(templates: Sequence[str], names: Sequence[str]) -> list[list[
     for argument, values in (("templates", templates), ("names", names)):
         if isinstance(values, str) or not isinstance(values, Sequence) or len(values) == 0:
             raise ValueError(f"{argument}: expected a non-empty sequence of strings, got {values!r:.80}")
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"names: expected a non-empty sequence of strings, got {wrong[0]!r:.80} among them")
     for template in templates:
         check_template("templates", template)
     texts = [words_of(name) for name in names]

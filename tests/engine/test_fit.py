@@ -30,6 +30,9 @@ def test_schedule_is_maples():
         [1e-5] + [0.00175 * (1 + math.cos(math.pi * e / 5)) for e in range(4)]
     )
     assert learning_rate(0, 5, 0.1, warmup_epochs=0) == 0.1
+    for epoch, epochs in ((-1, 5), (0, 0), (0.5, 5)):
+        with pytest.raises(ValueError, match="epochs?: expected a whole number"):
+            learning_rate(epoch, epochs, 0.1)
 
 
 @pytest.mark.parametrize("which", range(3))
