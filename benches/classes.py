@@ -132,8 +132,8 @@ def paper(share: float, rest: float) -> list[str]:
         f"- their time: at least that by {H100_FLOPS / 1e12:.0f} TFLOP/s (H100 SXM, bf16, data sheet); and at "
         f"{share:.0%} of it, the share of a large product's rate that this run reached at its largest K. "
         "**Not measured on a GPU.**",
-        "- exchanged: row sums 4 x 2 B (M + 1) bytes from each other GPU (form \"digamma\"), and the gradient of image, "
-        "scale and bias, 2 (N - 1) / N x 4 (B D + 2 M) bytes around a ring; their time by "
+        "- exchanged: row sums 4 x 2 B (M + 1) bytes from each other GPU (form \"digamma\"), and the gradient of "
+        "image, scale and bias, 2 (N - 1) / N x 4 (B D + 2 M) bytes around a ring; their time by "
         f"{H100_LINK / 1e9:.0f} GB/s (NVLink, data sheet). K is not in it.", "",
         "| GPUs | text GB | with gradient | with Adam | TFLOP | at least ms | at our share ms | exchanged MB | ms |",
         "| ---: |" + " ---: |" * 8,
@@ -152,9 +152,9 @@ def paper(share: float, rest: float) -> list[str]:
     enough, with_adam = (math.ceil(copies * whole["text"] / H100_MEMORY) for copies in (2, 8))
     return [
         *lines, "",
-        f"Text features are read twice and their gradient is written once: {moved:.0%} of the least time of the products. "
-        f"{H100_MEMORY / 1e9:.0f} GB each hold text features and gradient from {enough} GPUs on, Adam's state too from "
-        f"{with_adam}.",
+        f"Text features are read twice and their gradient is written once: {moved:.0%} of the least time of the "
+        f"products. {H100_MEMORY / 1e9:.0f} GB each hold text features and gradient from {enough} GPUs on, Adam's "
+        f"state too from {with_adam}.",
     ]  # fmt: skip
 
 
