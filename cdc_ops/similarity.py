@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cdc_ops import checks
 from cdc_ops.backends import Problem, choose
-from cdc_ops.evidence import ACTIVATIONS
-from cdc_ops.fusion import RULES, conflict_from_log_partition, evidence_from_log_ratio
+from cdc_ops.evidence import ACTIVATIONS, evidence_from_log_ratio
+from cdc_ops.fusion import RULES, conflict_from_log_partition
 from cdc_ops.opinion import Opinion, belief_of
 
 
@@ -105,7 +105,7 @@ class FusedOpinion:
 
     def opinion(self) -> Opinion:
         """As an :class:`Opinion`, for its entropies and dissonance."""
-        return Opinion(self.belief, self.uncertainty, self.prior_weight)
+        return Opinion(self.belief, self.uncertainty, self.prior_weight, self.log_partition)
 
 
 @dataclass(frozen=True)

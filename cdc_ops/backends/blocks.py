@@ -197,8 +197,10 @@ class Blocks:
                 return Block(z, LOG, bound)
             return Block(exp_(z) if self.may_underflow else z.exp_(), LINEAR, bound)
         e = softplus(z) if self.problem.activation == "softplus" else z.relu_()
-        v = e.div_(self.problem.prior_weight)
-        return Block(v, LINEAR, math.log1p(float(v.amax())) if known is None else known)
+        bound = math.log1p(float(e.amax()) / self.problem.prior_weight) if known is None else known
+        if not bound < self.limit:
+            return Block(e.log_().sub_(self.log_w), LOG, bound)
+        return Block(e.div_(self.problem.prior_weight), LINEAR, bound)
 
 
 def log1p_exp(x: float) -> float:
