@@ -215,6 +215,18 @@ def finite_lengths(name: str, x: Tensor) -> Tensor | None:
         return lengths
 
 
+def products(image: Tensor | None, text: Tensor | None, scale: Tensor) -> None:
+    """Logits of features taken as they are stay within 2^100, told by their lengths (None when nothing was read)."""
+    if image is None or text is None or image.numel() == 0:
+        return
+    sizes = [float(x.detach().abs().amax()) for x in (image, text, scale)]
+    if not math.prod(sizes) <= LARGEST:
+        raise ValueError(
+            "image and text must have lengths whose product, times scale, is within 2^100 for normalize=False; "
+            "got {:g} and {:g} at the most, and a scale of {:g}".format(*sizes)
+        )
+
+
 def features(image: object, text: object) -> tuple[Tensor, Tensor]:
     """Image and text features that fit together, [B, D] or [B, M, D] against [M, K, D]; values are not read yet."""
     text = text_features("text", text)

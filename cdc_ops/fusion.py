@@ -116,7 +116,7 @@ def fuse_evidence(
 
 
 def evidence_weight(e: Tensor, dim: int, prior_weight: float) -> Tensor:
-    """:func:`confidence_weight` of evidence, for its classes kept-dim: ``1 - u = S / (S + W)`` with ``S = sum_k e_k``."""
+    """:func:`confidence_weight` of evidence, to multiply it with: ``1 - u = E / (E + W)`` where ``E = sum_k e_k``."""
     total = e.sum(-1, keepdim=True).clamp(max=torch.finfo(e.dtype).max)
     # times W where that is large, so that no confidence underflows
     confidence = total / (1 + total / prior_weight) if prior_weight >= 1 else total / (total + prior_weight)

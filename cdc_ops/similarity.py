@@ -30,19 +30,22 @@ def make_problem(
     image, text = checks.features(image, text)
     dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
     M, K = text.shape[:2]
-    check_values = checks.finite_lengths if normalize else checks.finite
+    scale = checks.per_prompt("scale", scale, M, dtype, image.device)
+    image_norm, text_norm = checks.finite_lengths("image", image), checks.finite_lengths("text", text)
+    if not normalize:
+        checks.products(image_norm, text_norm, scale)
     return Problem(
         image=image,
         text=text,
-        scale=checks.per_prompt("scale", scale, M, dtype, image.device),
+        scale=scale,
         bias=None if bias is None else checks.per_prompt("bias", bias, M, dtype, image.device),
         activation=activation,
         rule=rule,
         prior_weight=checks.prior_weight(prior_weight, K),
         normalize=bool(normalize),
         dtype=dtype,
-        image_norm=check_values("image", image),
-        text_norm=check_values("text", text),
+        image_norm=image_norm if normalize else None,
+        text_norm=text_norm if normalize else None,
     )
 
 
@@ -165,9 +168,10 @@ def fused_opinion(
         half-precision inputs and under autocast. Differentiable in image, text, scale and bias.
 
     Raises:
-        ValueError: shapes that do not fit, no class or prompt, features not floating or not finite, features to be
-            normalised whose length overflows (from about 1e19 in float32), scale or bias not within 2^100, mixed
-            devices, unknown activation, rule or backend. Which value checks cost what: :class:`value_checks`.
+        ValueError: shapes that do not fit, no class or prompt, features not floating or not finite, features whose
+            length overflows (from about 1e19 in float32) or, with normalize False, lengths whose product times scale
+            is beyond 2^100, scale or bias not within 2^100, prior_weight not between 2^-100 and 2^100, mixed devices,
+            unknown activation, rule or backend. Which value checks cost what: :class:`value_checks`.
         NotImplementedError: in a backward pass with ``create_graph=True``; only backend "reference" has second
             derivatives.
 

@@ -3,6 +3,7 @@
 What float32 cannot hold is 0 or the largest number; what it can hold is right to the rounding of its logarithms.
 """
 
+import itertools
 import math
 
 import pytest
@@ -87,6 +88,17 @@ def test_fusion(case, rule):
         close(got, exact)
 
 
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.sampled_from(["dempster", "cumulative", "averaging"]))
+def test_fusion_by_the_kernel(case, rule):
+    """Which sums logarithms, for every rule."""
+    e, W = case
+    exact = plain_fusion(e.double(), rule, W)
+    got = fuse_evidence(e, 0, rule, W, backend="triton")
+    assert got.isfinite().all()
+    torch.testing.assert_close(got.double(), exact.clamp(max=LARGEST), rtol=1e-4, atol=len(e) * W * 2e-38)
+
+
 @laws
 @given(cases(), st.sampled_from([0.0, 1e-6, 0.3, 1 - 2**-20, 1.0]))
 def test_discount(case, r):
@@ -108,19 +120,22 @@ def test_conflict(case):
 
 @laws
 @given(cases(), st.sampled_from(["digamma", "log", "mse"]))
-def test_loss_and_its_gradient_are_finite(case, form):
+def test_loss(case, form):
     e, W = case
-    e.requires_grad_()
-    loss = dirichlet_cross_entropy(e, torch.zeros(len(e), dtype=torch.long), form=form, prior_weight=W)
-    exact = dirichlet_cross_entropy(e.double(), torch.zeros(len(e), dtype=torch.long), form=form, prior_weight=W)
+    y = torch.zeros(len(e), dtype=torch.long)
+    loss = dirichlet_cross_entropy(e, y, form=form, prior_weight=W)
+    exact = dirichlet_cross_entropy(e.double(), y, form=form, prior_weight=W)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
-@pytest.mark.parametrize("rule", ["dempster", "cumulative", "averaging", "weighted"])
-@pytest.mark.parametrize("activation", ["exp", "softplus", "relu"])
-@pytest.mark.parametrize("W", [1e-30, 1e-10, 1.0, 1e10, 1e30])
-@pytest.mark.parametrize("size", [1.0, 100.0, 1e10, 1e30])
+RULES = ["dempster", "cumulative", "averaging", "weighted"]
+EVERY = itertools.product(
+    ["reference", "blocked"], RULES, ["exp", "softplus", "relu"], [1e-30, 1e-10, 1.0, 1e10, 1e30], [1.0, 100.0, 1e30]
+)
+BY_KERNEL = itertools.product(["triton"], ["dempster"], ["exp", "softplus", "relu"], [1e-30, 1e30], [1.0, 1e30])
+
+
+@pytest.mark.parametrize("backend, rule, activation, W, size", [*EVERY, *BY_KERNEL])
 def test_fused_operations(backend, rule, activation, W, size):
     torch.manual_seed(0)
     image, text = torch.randn(3, 8), torch.randn(2, 5, 8)
