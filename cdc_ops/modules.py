@@ -9,7 +9,7 @@ from cdc_ops import checks
 from cdc_ops.backends import BACKENDS, KERNEL_BACKENDS
 from cdc_ops.dirichlet import FORMS
 from cdc_ops.evidence import ACTIVATIONS
-from cdc_ops.frontdoor import frontdoor_adjust
+from cdc_ops.frontdoor import frontdoor_adjust, own_mixture
 from cdc_ops.fusion import RULES, fuse_evidence
 from cdc_ops.losses import KINDS, REDUCTIONS, consistency_loss, decoupling_loss, evidential_cross_entropy
 from cdc_ops.similarity import FusedOpinion, fused_opinion
@@ -225,16 +225,7 @@ class FrontDoorAggregator(nn.Module):
             )
         if self.marginal == "batch":
             return frontdoor_adjust(semantic_given_x, class_given_semantic_x)
-        p_s = checks.floating("semantic_given_x", semantic_given_x, "[B, S]")
-        p_y = checks.floating("class_given_semantic_x", class_given_semantic_x, "[B, S, K]")
-        if p_s.dim() != 2 or p_y.dim() != 3 or p_y.shape[:2] != p_s.shape:
-            raise ValueError(
-                "class_given_semantic_x must have shape [B, S, K] to match semantic_given_x [B, S]; "
-                f"got {checks.came(p_y)} and {checks.came(p_s)}"
-            )
-        checks.nonnegative("semantic_given_x", p_s)
-        checks.nonnegative("class_given_semantic_x", p_y)
-        return torch.einsum("bs,bsk->bk", p_s, p_y)
+        return own_mixture(semantic_given_x, class_given_semantic_x)
 
     def extra_repr(self) -> str:
         return f"marginal={self.marginal!r}"

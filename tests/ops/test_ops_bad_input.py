@@ -299,6 +299,26 @@ OTHERS = {
         lambda: FrontDoorAggregator("batch")(p_s),
         r"class_given_semantic_x must be a tensor",
     ),
+    "aggregator self semantics": (
+        lambda: FrontDoorAggregator("self")(p_s[:, :1], p_y[:B]),
+        r"semantic_given_x must have shape \[B, 2\] to match",
+    ),
+    "aggregator self dimensions": (
+        lambda: FrontDoorAggregator("self")(p_s, p_y[0]),
+        r"class_given_semantic_x must have shape \[B, S, K\]",
+    ),
+    "aggregator self elsewhere": (
+        lambda: FrontDoorAggregator("self")(p_s, p_y[:B].to(meta)),
+        r"class_given_semantic_x must be on the device of semantic_given_x, cpu",
+    ),
+    "aggregator self without classes": (
+        lambda: FrontDoorAggregator("self")(p_s, p_y[:B, :, :0]),
+        r"class_given_semantic_x must have shape \[B, S, K\] without a zero",
+    ),
+    "aggregator self negative": (
+        lambda: FrontDoorAggregator("self")(-p_s, p_y[:B]),
+        r"semantic_given_x must not be negative",
+    ),
     "aggregator self shapes": (
         lambda: FrontDoorAggregator("self")(p_s, p_y),
         r"class_given_semantic_x must have shape \[B, S, K\]",
@@ -328,7 +348,7 @@ def test_a_sum_that_overflows_is_not_taken_for_a_number_that_is_not_finite():
 @pytest.mark.parametrize("activation", ["exp", "softplus", "relu"])
 def test_the_largest_products_that_are_accepted_give_finite_results(backend, activation):
     x, t = torch.randn(B, D), torch.randn(M, K, D)
-    x, t = (v * 2.0**49 / v.norm(dim=-1).max() for v in (x, t))
+    x, t = (v * 0.999 * 2.0**49 / v.norm(dim=-1).max() for v in (x, t))
     t.requires_grad_()
     kwargs = {"scale": 4.0, "normalize": False, "activation": activation, "backend": backend}
     opinion = cdc_ops.fused_opinion(x, t, **kwargs)
