@@ -25,6 +25,9 @@ LARGEST = 2.0**100
 class value_checks:
     """Switch the checks that read tensor values on or off, for good or inside a ``with`` block.
 
+    Args:
+        enabled: whether values are checked from now on; at the end of a ``with`` block, what held before holds again.
+
     Switched off, non-finite features give non-finite results and a target out of range is undefined
     behaviour. Shapes, dtypes, devices and names stay checked.
 

@@ -20,13 +20,13 @@ def evidence_from_logits(logits: Tensor, activation: str = "exp") -> Tensor:
     """Evidence ``e = activation(z) >= 0``.
 
     Args:
-        logits: ``z``, any shape, any float dtype (half precision is computed and returned in float32).
+        logits: ``z`` [...], any float dtype (half precision is computed and returned in float32).
         activation: ``"exp"``, ``"softplus"`` or ``"relu"``. ``exp`` saturates at the largest finite number;
             where logits are that large, stay in log space: :func:`fused_opinion` and
             :func:`evidential_cross_entropy` never form the evidence.
 
     Returns:
-        Evidence, shape of ``logits``.
+        Evidence [...], shape of ``logits``.
 
     Raises:
         ValueError: logits not floating or not finite, unknown activation.

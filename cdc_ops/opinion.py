@@ -40,10 +40,10 @@ class Opinion:
 
     @classmethod
     def from_evidence(cls, evidence: Tensor, prior_weight: float | None = None) -> Opinion:
-        """The opinion that evidence [..., K] supports; finite for evidence from 0 to 1e30 and beyond.
+        """The opinion that evidence [..., K] supports; finite for any finite evidence and prior weight.
 
         Raises:
-            ValueError: evidence negative, not finite or without classes; prior_weight not above 0.
+            ValueError: evidence negative, not finite or without classes; prior_weight not between 2^-100 and 2^100.
         """
         e = at_least_float32(checks.evidence(evidence))
         W = checks.prior_weight(prior_weight, e.shape[-1])
@@ -54,7 +54,10 @@ class Opinion:
         """The opinion with log ratio ``l = ln(1 + e / W)`` [..., K]: evidence of any size.
 
         Raises:
-            ValueError: log_ratio negative, not finite or without classes; prior_weight not above 0.
+            ValueError: log_ratio negative, not finite or without classes; prior_weight not between 2^-100 and 2^100.
+
+        >>> Opinion.from_log_ratio(torch.tensor([300.0, 0.0])).belief
+        tensor([1., 0.])
         """
         log_ratio = at_least_float32(checks.evidence(log_ratio, name="log_ratio"))
         checks.prior_weight(prior_weight, log_ratio.shape[-1])

@@ -53,12 +53,24 @@ def make_problem(
 class FusedOpinion:
     """The opinion of M prompts together, kept in log space; everything else is derived when asked for.
 
+    What :func:`fused_opinion` returns.
+
     Attributes:
         log_ratio: ``l_k = ln(1 + e_k / W)`` [B, K] of the fused opinion.
         log_partition: ``-ln u`` [B].
         prompt_log_partition: ``-ln u_m`` [B, M].
         prior_weight: ``W``.
         rule: the fusion rule.
+
+    Source: as :func:`fused_opinion`; the log-space form is closed-form Dempster fusion (design.md 4.1).
+
+    >>> image, text = torch.eye(2), torch.eye(2).expand(3, 2, 2)
+    >>> opinion = fused_opinion(image, text, scale=2.0, activation="relu")
+    >>> opinion.evidence  # 2 ((1 + 2 / 2)^3 - 1) on the right class
+    tensor([[14.,  0.],
+            [ 0., 14.]])
+    >>> opinion.belief[0], opinion.uncertainty[0], opinion.prob[0]
+    (tensor([0.8750, 0.0000]), tensor(0.1250), tensor([0.9375, 0.0625]))
     """
 
     log_ratio: Tensor
@@ -107,19 +119,23 @@ class FusedOpinion:
         return conflict_from_log_partition(self.log_partition, self.prompt_log_partition.sum(-1))
 
     def opinion(self) -> Opinion:
-        """As an :class:`Opinion`, for its entropies and dissonance."""
+        """As an :class:`Opinion` [B, K], for its entropies and dissonance."""
         return Opinion(self.belief, self.uncertainty, self.prior_weight, self.log_partition)
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The k most believed classes of each image, most believed first.
+    """The k most believed classes of each image, most believed first. What :func:`fused_topk` returns.
 
     Attributes:
         classes: class indices [B, k].
         prob, belief: expected probability and belief of these classes [B, k].
         uncertainty: vacuity [B] of the fused opinion.
         prompt_uncertainty: vacuity [B, M] of each prompt's own opinion.
+
+    >>> top = fused_topk(torch.eye(3)[:1], torch.eye(3).expand(2, 3, 3), 2, scale=3.0, activation="relu")
+    >>> top.classes[:, 0], top.belief, top.uncertainty
+    (tensor([0]), tensor([[0.7500, 0.0000]]), tensor([0.2500]))
     """
 
     classes: Tensor
@@ -214,6 +230,9 @@ def fused_topk(
 
     Raises:
         ValueError: as :func:`fused_opinion`; k outside 1..K.
+
+    Source: as :func:`fused_opinion`. Belief and expected probability order the classes alike, and so does the log
+    ratio, which is why a running top-k over blocks of classes is exact.
 
     >>> image, text = torch.eye(3)[:2], torch.eye(3).expand(2, 3, 3)
     >>> fused_topk(image, text, 1, scale=5.0).classes
