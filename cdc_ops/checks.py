@@ -25,6 +25,9 @@ LARGEST = 2.0**100
 class value_checks:
     """Switch the checks that read tensor values on or off, for good or inside a ``with`` block.
 
+    Args:
+        enabled: whether values are checked from now on; at the end of a ``with`` block, what held before holds again.
+
     Switched off, non-finite features give non-finite results and a target out of range is undefined
     behaviour. Shapes, dtypes, devices and names stay checked.
 
@@ -233,6 +236,18 @@ def finite_lengths(name: str, x: Tensor) -> Tensor | None:
                     f"{name} must have lengths within {kind}; got {long} whose length overflows in {came(x)}"
                 )
         return lengths
+
+
+def products(image: Tensor | None, text: Tensor | None, scale: Tensor) -> None:
+    """Logits of features taken as they are stay within 2^100, told by their lengths (None when nothing was read)."""
+    if image is None or text is None or image.numel() == 0:
+        return
+    sizes = [float(x.detach().abs().amax()) for x in (image, text, scale)]
+    if not math.prod(sizes) <= LARGEST:
+        raise ValueError(
+            "image and text must have lengths whose product, times scale, is within 2^100 for normalize=False; "
+            "got {:g} and {:g} at the most, and a scale of {:g}".format(*sizes)
+        )
 
 
 def features(image: object, text: object) -> tuple[Tensor, Tensor]:

@@ -4,15 +4,13 @@ The state of an opinion here is its log ratio ``l_k = ln(1 + e_k / W)``, which i
 like the logarithm of the evidence: nothing overflows. Dempster's rule is then a plain sum over the opinions.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from cdc_ops import checks
 from cdc_ops.backends import kernels
-from cdc_ops.evidence import at_least_float32
-from cdc_ops.special import largest_log, log_row_sum
+from cdc_ops.evidence import at_least_float32, evidence_from_log_ratio, log_ratio_from_evidence
+from cdc_ops.special import log_row_sum
 
 RULES = ("dempster", "cumulative", "averaging", "weighted")
 
@@ -30,6 +28,8 @@ def fuse_log_ratio(log_ratio: Tensor, dim: int, rule: str = "dempster") -> Tenso
 
     Raises:
         ValueError: log_ratio negative, not finite or without classes; dim or rule not as above.
+
+    Source: the rules as in :func:`fuse_evidence`; in log ratios Dempster's is ``l_k = sum_m l_mk`` (design.md 4.1).
 
     >>> fuse_log_ratio(torch.tensor([[200.0, 0.0], [100.0, 1.0]]), dim=0)  # evidence of e^300: fine
     tensor([300.,   1.])
@@ -59,12 +59,6 @@ def confidence_weight(log_partition: Tensor, dim: int) -> Tensor:
     """Weights of weighted belief fusion, ``(1 - u_m) / sum_m (1 - u_m)``, from ``-ln u_m``; all vacuous: zeros."""
     confidence = -torch.expm1(-log_partition)
     return confidence / confidence.sum(dim, keepdim=True).clamp_min(torch.finfo(confidence.dtype).tiny)
-
-
-def evidence_from_log_ratio(log_ratio: Tensor, prior_weight: float) -> Tensor:
-    """``e = W expm1(l)``, saturating at the largest finite number."""
-    top = largest_log(log_ratio.dtype) - math.log(max(prior_weight, 1.0))
-    return prior_weight * torch.expm1(log_ratio.clamp(max=top))
 
 
 def fuse_evidence(
@@ -118,7 +112,22 @@ def fuse_evidence(
     if triton is not None:
         return triton.fuse_evidence(evidence, dim, rule, W)
     e = at_least_float32(evidence)
-    return evidence_from_log_ratio(fused_log_ratio(torch.log1p(e / W), dim, rule), W)
+    if rule == "dempster":
+        return evidence_from_log_ratio(log_ratio_from_evidence(e, W).sum(dim), W)
+    # the others are sums of evidence, which need no logarithms
+    if rule == "weighted":
+        e = e * evidence_weight(e, dim, W)
+    elif rule == "averaging":
+        e = e / e.shape[dim]
+    return e.sum(dim).clamp(max=torch.finfo(e.dtype).max)
+
+
+def evidence_weight(e: Tensor, dim: int, prior_weight: float) -> Tensor:
+    """:func:`confidence_weight` of evidence, to multiply it with: ``1 - u = E / (E + W)`` where ``E = sum_k e_k``."""
+    total = e.sum(-1, keepdim=True).clamp(max=torch.finfo(e.dtype).max)
+    # times W where that is large, so that no confidence underflows
+    confidence = total / (1 + total / prior_weight) if prior_weight >= 1 else total / (total + prior_weight)
+    return confidence / confidence.sum(dim, keepdim=True).clamp_min(torch.finfo(e.dtype).tiny)
 
 
 def conflict(evidence: Tensor, dim: int, prior_weight: float | None = None) -> Tensor:
@@ -146,7 +155,7 @@ def conflict(evidence: Tensor, dim: int, prior_weight: float | None = None) -> T
     e = at_least_float32(checks.evidence(evidence, "[..., M, ..., K]"))
     dim = checks.source_dim(e, dim)
     W = checks.prior_weight(prior_weight, e.shape[-1])
-    log_ratio = torch.log1p(e / W)
+    log_ratio = log_ratio_from_evidence(e, W)
     separate = log_row_sum(log_ratio).sum(dim)
     return conflict_from_log_partition(log_row_sum(log_ratio.sum(dim)), separate)
 
@@ -196,9 +205,9 @@ def discount(evidence: Tensor, reliability: Tensor | float, prior_weight: float 
         value = checks.number("reliability", reliability)
         r = e.new_tensor(value)
         checks.within("reliability", r, 0.0, 1.0)
-    log_ratio = torch.log1p(e / W)
-    log_partition = log_row_sum(log_ratio)
-    belief = -torch.expm1(-log_ratio) * torch.exp(log_ratio - log_partition.unsqueeze(-1))
-    uncertainty = 1 - r + r * torch.exp(-log_partition)
-    tiny = torch.finfo(e.dtype).tiny
-    return W * r.unsqueeze(-1) * belief / uncertainty.clamp_min(tiny).unsqueeze(-1)
+    # e' = e r / ((1 - r) S / W + r), with the root of S / W, because S / W may leave the dtype's range
+    root = torch.exp(-0.5 * log_row_sum(log_ratio_from_evidence(e, W))).unsqueeze(-1)
+    share = r.unsqueeze(-1) / ((1 - r.unsqueeze(-1)) / root + r.unsqueeze(-1) * root)
+    kept = share * root
+    # as may the part that is kept of overwhelming evidence, though not what it leaves
+    return torch.where(kept > torch.finfo(e.dtype).tiny, e * kept, e * root * share)

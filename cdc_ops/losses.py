@@ -7,7 +7,7 @@ from torch import Tensor
 from cdc_ops import checks
 from cdc_ops.backends import LossForm, choose, kernels
 from cdc_ops.dirichlet import FORMS, dirichlet_loss
-from cdc_ops.evidence import at_least_float32
+from cdc_ops.evidence import at_least_float32, log_ratio_from_evidence
 from cdc_ops.similarity import make_problem
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -139,7 +139,7 @@ def dirichlet_cross_entropy(
     e = at_least_float32(checks.evidence(evidence))
     W = checks.prior_weight(prior_weight, e.shape[-1])
     target = checks.target(target, e.shape[:-1], e.shape[-1], e.device)
-    return reduce(dirichlet_loss(torch.log1p(e / W), target, W, form, kl_weight), reduction)
+    return reduce(dirichlet_loss(log_ratio_from_evidence(e, W), target, W, form, kl_weight), reduction)
 
 
 def decoupling_loss(text: Tensor, kind: str = "cosine", *, backend: str | None = None) -> Tensor:

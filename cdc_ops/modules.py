@@ -9,7 +9,7 @@ from cdc_ops import checks
 from cdc_ops.backends import BACKENDS, KERNEL_BACKENDS
 from cdc_ops.dirichlet import FORMS
 from cdc_ops.evidence import ACTIVATIONS
-from cdc_ops.frontdoor import frontdoor_adjust
+from cdc_ops.frontdoor import frontdoor_adjust, own_mixture
 from cdc_ops.fusion import RULES, fuse_evidence
 from cdc_ops.losses import KINDS, REDUCTIONS, consistency_loss, decoupling_loss, evidential_cross_entropy
 from cdc_ops.similarity import FusedOpinion, fused_opinion
@@ -30,6 +30,7 @@ class EvidenceHead(nn.Module):
 
     With CLIP's own scale of 100, exp evidence is always certain; fitting M scales and M biases on the few-shot
     data is what calibrates it. The scale is learned as its logarithm and stays positive. Parameters are float32.
+    Called with image [B, D] or [B, M, D] and text [M, K, D], gives a :class:`FusedOpinion`.
 
     Args:
         prompts: M.
@@ -39,7 +40,7 @@ class EvidenceHead(nn.Module):
 
     Raises:
         ValueError: prompts not a positive integer, scale or prior_weight not above 0, values of the wrong number or
-            not finite, unknown names.
+            not finite, unknown names; when called, as :func:`fused_opinion`.
 
     Source: **our reading** (design.md 4.7): the evidence head is part of this library's CDC, not a formula of
     the paper.
@@ -123,8 +124,13 @@ def _per_prompt(name: str, value: float | list[float] | Tensor, prompts: int) ->
 class EvidenceFusion(nn.Module):
     """:func:`fuse_evidence` with its rule (and backend) fixed.
 
+    Args:
+        rule, prior_weight, backend: as :func:`fuse_evidence`.
+        dim: the dimension of the M opinions in evidence [..., M, ..., K] (not the last).
+
     Raises:
-        ValueError: dim not an integer, prior_weight not above 0, unknown names.
+        ValueError: dim not an integer, prior_weight not above 0, unknown names; when called, as
+            :func:`fuse_evidence`.
 
     >>> EvidenceFusion("averaging", dim=0)(torch.tensor([[3.0, 0.0], [1.0, 1.0]]))
     tensor([2.0000, 0.5000])
@@ -155,6 +161,8 @@ class EvidenceFusion(nn.Module):
 
 class FrontDoorAggregator(nn.Module):
     """:func:`frontdoor_adjust` with a choice of who stands for the population x'.
+
+    Called with ``P(s | x)`` [B, S] and, except for a bank, ``P(y | s, x)`` [B, S, K], gives ``P(y | do(x))`` [B, K].
 
     Args:
         marginal: ``"batch"``: the batch itself; ``"bank"``: a memory of the last N inputs, a buffer that is saved with
@@ -197,7 +205,16 @@ class FrontDoorAggregator(nn.Module):
 
     @torch.no_grad()
     def update(self, class_given_semantic_x: Tensor) -> None:
-        """Write ``P(y | s, x)`` [B, S, K] of new inputs into the bank, over the oldest ones."""
+        """Write ``P(y | s, x)`` [B, S, K] of new inputs into the bank, over the oldest ones.
+
+        Raises:
+            ValueError: another marginal than "bank"; another S or K; values negative or not finite.
+
+        >>> bank = FrontDoorAggregator("bank", bank_size=100, semantics=2, classes=2)
+        >>> bank.update(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]))
+        >>> bank(torch.tensor([[0.25, 0.75]]))
+        tensor([[0.2500, 0.7500]])
+        """
         if self.marginal != "bank":
             raise ValueError(f"update needs marginal 'bank'; this aggregator's is {self.marginal!r}")
         new = checks.floating("class_given_semantic_x", class_given_semantic_x, "[B, S, K]")
@@ -225,16 +242,7 @@ class FrontDoorAggregator(nn.Module):
             )
         if self.marginal == "batch":
             return frontdoor_adjust(semantic_given_x, class_given_semantic_x)
-        p_s = checks.floating("semantic_given_x", semantic_given_x, "[B, S]")
-        p_y = checks.floating("class_given_semantic_x", class_given_semantic_x, "[B, S, K]")
-        if p_s.dim() != 2 or p_y.dim() != 3 or p_y.shape[:2] != p_s.shape:
-            raise ValueError(
-                "class_given_semantic_x must have shape [B, S, K] to match semantic_given_x [B, S]; "
-                f"got {checks.came(p_y)} and {checks.came(p_s)}"
-            )
-        checks.nonnegative("semantic_given_x", p_s)
-        checks.nonnegative("class_given_semantic_x", p_y)
-        return torch.einsum("bs,bsk->bk", p_s, p_y)
+        return own_mixture(semantic_given_x, class_given_semantic_x)
 
     def extra_repr(self) -> str:
         return f"marginal={self.marginal!r}"
@@ -243,8 +251,15 @@ class FrontDoorAggregator(nn.Module):
 class EvidentialLoss(nn.Module):
     """:func:`evidential_cross_entropy` with its choices fixed; ``kl_weight`` may be set between epochs to anneal it.
 
+    Called with image [B, D] or [B, M, D], text [M, K, D], target [B], scale and bias.
+
+    Args:
+        form, kl_weight, prompt_weight, fused_weight, activation, rule, prior_weight, normalize, reduction, backend: as
+            :func:`evidential_cross_entropy`.
+
     Raises:
-        ValueError: a weight negative or not finite, prior_weight not above 0, unknown names.
+        ValueError: a weight negative or not finite, prior_weight not above 0, unknown names; when called, as
+            :func:`evidential_cross_entropy`.
 
     >>> head, loss = EvidenceHead(2, scale=5.0), EvidentialLoss(form="log")
     >>> image, text = torch.eye(3), torch.eye(3).expand(2, 3, 3)
@@ -311,7 +326,13 @@ class EvidentialLoss(nn.Module):
 
 
 class DecouplingLoss(nn.Module):
-    """:func:`decoupling_loss` with its kind (and backend) fixed (**our reading** of CDC).
+    """:func:`decoupling_loss` of text [M, K, D] with its kind (and backend) fixed (**our reading** of CDC).
+
+    Args:
+        kind, backend: as :func:`decoupling_loss`.
+
+    Raises:
+        ValueError: unknown kind or backend; when called, as :func:`decoupling_loss`.
 
     >>> DecouplingLoss()(torch.ones(2, 3, 4))
     tensor(1.)
@@ -332,7 +353,13 @@ class DecouplingLoss(nn.Module):
 
 
 class ConsistencyLoss(nn.Module):
-    """:func:`consistency_loss` with its temperature fixed (**our reading** of CDC).
+    """:func:`consistency_loss` of text [M, K, D] against anchor [K, D], its temperature fixed (**our reading** of CDC).
+
+    Args:
+        temperature: above 0; CLIP's own is 0.01.
+
+    Raises:
+        ValueError: temperature not above 0; when called, as :func:`consistency_loss`.
 
     >>> ConsistencyLoss(1.0)(torch.eye(2).unsqueeze(0), torch.eye(2))
     tensor(0.3133)

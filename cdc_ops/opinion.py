@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cdc_ops import checks
-from cdc_ops.evidence import at_least_float32
-from cdc_ops.special import digamma_excess, log_row_sum
+from cdc_ops.evidence import at_least_float32, log_ratio_from_evidence
+from cdc_ops.special import digamma_excess, largest_log, log_row_sum
 
 # Pairwise balance needs K x K numbers per opinion; this many are held at a time.
 _PAIR_BLOCK = 2**22
@@ -23,6 +24,7 @@ class Opinion:
         belief: ``b_k = e_k / S``.
         uncertainty: vacuity ``u = W / S``.
         prior_weight: ``W``, the weight of the prior; None stands for K (then ``alpha = e + 1``).
+        log_partition: ``-ln u`` [...], or None to take it from u, which underflows from e = 1e38 W in float32.
 
     Source: Josang, "Subjective Logic", 2016; Sensoy et al., NeurIPS 2018.
 
@@ -34,23 +36,28 @@ class Opinion:
     belief: Tensor
     uncertainty: Tensor
     prior_weight: float | None = None
+    log_partition: Tensor | None = None
 
     @classmethod
     def from_evidence(cls, evidence: Tensor, prior_weight: float | None = None) -> Opinion:
-        """The opinion that evidence [..., K] supports; finite for evidence from 0 to 1e30 and beyond.
+        """The opinion that evidence [..., K] supports; finite for any finite evidence and prior weight.
 
         Raises:
-            ValueError: evidence negative, not finite or without classes; prior_weight not above 0.
+            ValueError: evidence negative, not finite or without classes; prior_weight not between 2^-100 and 2^100.
         """
         e = at_least_float32(checks.evidence(evidence))
-        return cls._from_log_ratio(torch.log1p(e / checks.prior_weight(prior_weight, e.shape[-1])), prior_weight)
+        W = checks.prior_weight(prior_weight, e.shape[-1])
+        return cls._from_log_ratio(log_ratio_from_evidence(e, W), prior_weight)
 
     @classmethod
     def from_log_ratio(cls, log_ratio: Tensor, prior_weight: float | None = None) -> Opinion:
         """The opinion with log ratio ``l = ln(1 + e / W)`` [..., K]: evidence of any size.
 
         Raises:
-            ValueError: log_ratio negative, not finite or without classes; prior_weight not above 0.
+            ValueError: log_ratio negative, not finite or without classes; prior_weight not between 2^-100 and 2^100.
+
+        >>> Opinion.from_log_ratio(torch.tensor([300.0, 0.0])).belief
+        tensor([1., 0.])
         """
         log_ratio = at_least_float32(checks.evidence(log_ratio, name="log_ratio"))
         checks.prior_weight(prior_weight, log_ratio.shape[-1])
@@ -59,7 +66,7 @@ class Opinion:
     @classmethod
     def _from_log_ratio(cls, log_ratio: Tensor, prior_weight: float | None) -> Opinion:
         log_partition = log_row_sum(log_ratio)
-        return cls(belief_of(log_ratio, log_partition), torch.exp(-log_partition), prior_weight)
+        return cls(belief_of(log_ratio, log_partition), torch.exp(-log_partition), prior_weight, log_partition)
 
     @property
     def weight(self) -> float:
@@ -67,11 +74,19 @@ class Opinion:
         return float(self.belief.shape[-1]) if self.prior_weight is None else float(self.prior_weight)
 
     @property
+    def log_strength(self) -> Tensor:
+        """``ln S`` of the Dirichlet strength ``S = sum_k alpha_k = W / u`` [...]."""
+        log_partition = self.log_partition
+        if log_partition is None:
+            log_partition = -torch.log(self.uncertainty.clamp_min(torch.finfo(self.uncertainty.dtype).tiny))
+        return log_partition + math.log(self.weight)
+
+    @property
     def evidence(self) -> Tensor:
-        """``e = W b / u`` [..., K]."""
-        # u underflows to 0 when evidence exceeds the dtype's range; the largest finite evidence stands for it
-        least = 4 * self.weight / torch.finfo(self.belief.dtype).max
-        return self.weight * self.belief / self.uncertainty.clamp_min(least).unsqueeze(-1)
+        """``e = S b`` [..., K]; saturates at the largest finite number."""
+        # S may exceed the dtype's range by itself, for tiny beliefs, or by its own rounding
+        log_strength = self.log_strength.clamp(max=largest_log(self.belief.dtype))
+        return self.belief * torch.exp(log_strength).unsqueeze(-1)
 
     @property
     def alpha(self) -> Tensor:
@@ -101,7 +116,7 @@ class Opinion:
         ``sum_k p_k (psi(alpha_k + 1) - ln alpha_k) - (psi(S + 1) - ln S)``, free of large cancelling terms.
         """
         p = self.prob.clamp_min(torch.finfo(self.belief.dtype).tiny)
-        inverse_total = self.uncertainty / self.weight  # 1 / S, and 1 / alpha_k = 1 / (S p_k)
+        inverse_total = torch.exp(-self.log_strength)  # and 1 / alpha_k = 1 / (S p_k)
         gain = (p * digamma_excess(inverse_total.unsqueeze(-1) / p)).sum(-1)
         return (gain - digamma_excess(inverse_total)).clamp_min(0)
 

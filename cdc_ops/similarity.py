@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cdc_ops import checks
 from cdc_ops.backends import Problem, choose
-from cdc_ops.evidence import ACTIVATIONS
-from cdc_ops.fusion import RULES, conflict_from_log_partition, evidence_from_log_ratio
+from cdc_ops.evidence import ACTIVATIONS, evidence_from_log_ratio
+from cdc_ops.fusion import RULES, conflict_from_log_partition
 from cdc_ops.opinion import Opinion, belief_of, prob_of
 
 
@@ -30,11 +30,14 @@ def make_problem(
     image, text = checks.features(image, text)
     dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
     M, K = text.shape[:2]
-    check_values = checks.finite_lengths if normalize else checks.finite
+    scale = checks.per_prompt("scale", scale, M, dtype, image.device)
+    image_norm, text_norm = checks.finite_lengths("image", image), checks.finite_lengths("text", text)
+    if not normalize:
+        checks.products(image_norm, text_norm, scale)
     return Problem(
         image=image,
         text=text,
-        scale=checks.per_prompt("scale", scale, M, dtype, image.device),
+        scale=scale,
         bias=None if bias is None else checks.per_prompt("bias", bias, M, dtype, image.device),
         activation=activation,
         rule=rule,
@@ -42,8 +45,8 @@ def make_problem(
         classes=K,
         normalize=bool(normalize),
         dtype=dtype,
-        image_norm=check_values("image", image),
-        text_norm=check_values("text", text),
+        image_norm=image_norm if normalize else None,
+        text_norm=text_norm if normalize else None,
     )
 
 
@@ -51,12 +54,24 @@ def make_problem(
 class FusedOpinion:
     """The opinion of M prompts together, kept in log space; everything else is derived when asked for.
 
+    What :func:`fused_opinion` returns.
+
     Attributes:
         log_ratio: ``l_k = ln(1 + e_k / W)`` [B, K] of the fused opinion.
         log_partition: ``-ln u`` [B].
         prompt_log_partition: ``-ln u_m`` [B, M].
         prior_weight: ``W``.
         rule: the fusion rule.
+
+    Source: as :func:`fused_opinion`; the log-space form is closed-form Dempster fusion (design.md 4.1).
+
+    >>> image, text = torch.eye(2), torch.eye(2).expand(3, 2, 2)
+    >>> opinion = fused_opinion(image, text, scale=2.0, activation="relu")
+    >>> opinion.evidence  # 2 ((1 + 2 / 2)^3 - 1) on the right class
+    tensor([[14.,  0.],
+            [ 0., 14.]])
+    >>> opinion.belief[0], opinion.uncertainty[0], opinion.prob[0]
+    (tensor([0.8750, 0.0000]), tensor(0.1250), tensor([0.9375, 0.0625]))
     """
 
     log_ratio: Tensor
@@ -105,19 +120,23 @@ class FusedOpinion:
         return conflict_from_log_partition(self.log_partition, self.prompt_log_partition.sum(-1))
 
     def opinion(self) -> Opinion:
-        """As an :class:`Opinion`, for its entropies and dissonance."""
-        return Opinion(self.belief, self.uncertainty, self.prior_weight)
+        """As an :class:`Opinion` [B, K], for its entropies and dissonance."""
+        return Opinion(self.belief, self.uncertainty, self.prior_weight, self.log_partition)
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The k most believed classes of each image, most believed first.
+    """The k most believed classes of each image, most believed first. What :func:`fused_topk` returns.
 
     Attributes:
         classes: class indices [B, k].
         prob, belief: expected probability and belief of these classes [B, k].
         uncertainty: vacuity [B] of the fused opinion.
         prompt_uncertainty: vacuity [B, M] of each prompt's own opinion.
+
+    >>> top = fused_topk(torch.eye(3)[:1], torch.eye(3).expand(2, 3, 3), 2, scale=3.0, activation="relu")
+    >>> top.classes[:, 0], top.belief, top.uncertainty
+    (tensor([0]), tensor([[0.7500, 0.0000]]), tensor([0.2500]))
     """
 
     classes: Tensor
@@ -175,9 +194,10 @@ def fused_opinion(
         half-precision inputs and under autocast. Differentiable in image, text, scale and bias.
 
     Raises:
-        ValueError: shapes that do not fit, no class or prompt, features not floating or not finite, features to be
-            normalised whose length overflows (from about 1e19 in float32), scale or bias not within 2^100, mixed
-            devices, unknown activation, rule or backend. Which value checks cost what: :class:`value_checks`.
+        ValueError: shapes that do not fit, no class or prompt, features not floating or not finite, features whose
+            length overflows (from about 1e19 in float32) or, with normalize False, lengths whose product times scale
+            is beyond 2^100, scale or bias not within 2^100, prior_weight not between 2^-100 and 2^100, mixed devices,
+            unknown activation, rule or backend. Which value checks cost what: :class:`value_checks`.
         NotImplementedError: in a backward pass with ``create_graph=True``; only backend "reference" has second
             derivatives.
 
@@ -220,6 +240,9 @@ def fused_topk(
 
     Raises:
         ValueError: as :func:`fused_opinion`; k outside 1..K.
+
+    Source: as :func:`fused_opinion`. Belief and expected probability order the classes alike, and so does the log
+    ratio, which is why a running top-k over blocks of classes is exact.
 
     >>> image, text = torch.eye(3)[:2], torch.eye(3).expand(2, 3, 3)
     >>> fused_topk(image, text, 1, scale=5.0).classes

@@ -38,7 +38,16 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not impor
 
 
 class BackendUnavailableError(ValueError):
-    """The backend asked for exists but cannot run here."""
+    """The backend asked for exists but cannot run here; a ValueError that names what is missing.
+
+    >>> import cdc_ops
+    >>> image, text = torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 1, 2)
+    >>> try:
+    ...     cdc_ops.fused_opinion(image, text, scale=1.0, backend="triton")
+    ... except cdc_ops.BackendUnavailableError as error:
+    ...     print(str(error)[:37])
+    backend='triton' cannot run here: its
+    """
 
 
 def refuse_second_derivatives(backend: str) -> None:

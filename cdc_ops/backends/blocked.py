@@ -2,8 +2,10 @@
 
 Fusion is elementwise in the class, and everything else an opinion or its loss needs are row sums, so a block
 of logits can be made, folded into the fused block and into its row's sums, and overwritten by the next
-prompt's. The backward pass makes the same blocks again. Memory beyond inputs, outputs and gradients is two to
-four blocks forward, M + 5 or so backward.
+prompt's. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is two to five blocks
+forward, M + 5 or so backward, a dozen more with the KL term; the more a pass holds at once, the fewer classes a block
+gets: all of them together stay below [B, M, K], those of fused_topk below [B, K] (as long as K is a few hundred, so
+that K numbers are more than the row sums of an image).
 
 Speed on a CPU comes from three things. A block stays in the cache between the matrix product and its
 epilogue. Prompts are multiplied together in linear space, one ``exp`` for each logit and one ``log1p`` for each class
@@ -29,9 +31,6 @@ from cdc_ops.dirichlet import RowSums
 from cdc_ops.fusion import confidence_weight
 from cdc_ops.special import kl_element, kl_slope, softplus
 
-#: A running top-k sorts every block; smaller ones keep [B, K] from existing even when K is 1000.
-TOPK_COLUMNS = 512
-
 Weights = list[Tensor | float]  # of each prompt in the fusion: a number, or [B, 1]
 
 
@@ -41,6 +40,11 @@ class Sums(NamedTuple):
     target: Tensor | None  # [B]
     square: bool = False
     kl: bool = False
+
+    @property
+    def held(self) -> int:
+        """How many blocks :meth:`Accumulator.add` has at once while it makes them."""
+        return 17 if self.kl else 4 if self.square else 0
 
 
 class Place(NamedTuple):
@@ -188,7 +192,8 @@ def row_sums(image: Tensor, problem: Problem, sums: Sums, want_log_ratio: bool) 
     image is normalised already, in the problem's dtype. Without a target the row sums are just ``-ln u``. The
     last column of each is the fused opinion's.
     """
-    blocks = Blocks(problem, image)
+    held = 2 if want_log_ratio else 3
+    blocks = Blocks(problem, image, held + sums.held, math.prod(problem.sizes))
     log_ratio = image.new_empty(blocks.B, blocks.K) if want_log_ratio else None
     accumulator = Accumulator(blocks, sums)
     for _, _, fusion in sweep(blocks, accumulator, log_ratio):
@@ -225,7 +230,8 @@ class RowSumsFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("blocked")
         image, _, _, _, _, total, log_target, log_square = ctx.saved_tensors
-        blocks = Blocks(ctx.problem, image)
+        held = ctx.problem.sizes[1] + 8 + ctx.sums.held  # every prompt's products, to be made only once
+        blocks = Blocks(ctx.problem, image, held, math.prod(ctx.problem.sizes))
         slopes = RowSlopes(blocks, ctx.sums, total, log_target, log_square, g_total, g_target, g_square, g_kl)
         g_ratio = g_ratio if ctx.want_log_ratio else None
         return *gradients(blocks, slopes, g_ratio, ctx.needs_input_grad), None, None, None
@@ -447,8 +453,8 @@ def fused_opinion(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :mod:`cdc_ops.backends`; a running top-k over blocks of classes."""
-    M = problem.sizes[1]
-    blocks = Blocks(problem, prepared_image(problem), TOPK_COLUMNS)
+    B, M, K = problem.sizes
+    blocks = Blocks(problem, prepared_image(problem), 2, B * K)
     accumulator = Accumulator(blocks, Sums(None))
     best: dict[int, tuple[Tensor, Tensor]] = {}  # values and classes so far, by first row of the block
     for rows, columns, fusion in sweep(blocks, accumulator):
@@ -460,6 +466,7 @@ def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
             values, order = values.topk(min(k, values.shape[1]), dim=-1)
             classes = classes.gather(1, order)
         best[rows.start] = values, classes
+    blocks.close()
     none = blocks.image.new_empty(0, k)
     values = torch.cat([none] + [v for v, _ in best.values()])
     classes = torch.cat([none.long()] + [c for _, c in best.values()])

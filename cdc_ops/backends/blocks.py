@@ -18,11 +18,15 @@ from cdc_ops.special import log_alpha_ratio, softplus
 
 BLOCK_ROWS = 256
 BLOCK_COLUMNS = 1024
+#: Below this a block is not worth its overhead, nor its memory worth saving.
+LEAST_COLUMNS = 64
+#: A row of a block holds whole vectors of the CPU, which its matrix products like.
+VECTOR = 16
 #: F.normalize's floor for a length.
 EPS = 1e-12
 
 #: A block of logits kept between calls: touching fresh memory costs a CPU more than any step of the epilogue.
-_idle: dict[tuple[torch.dtype, int], Tensor] = {}
+_idle: dict[torch.dtype, Tensor] = {}
 
 LINEAR, LOG, LOG1P = "v", "ln v", "ln(1 + v)"
 
@@ -75,43 +79,57 @@ def spans(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
+def even_step(total: int, most: int) -> int:
+    """A step of at most ``most`` (but for rounding) whose spans of ``total`` are of one size, but for the last."""
+    step = math.ceil(total / math.ceil(total / most))
+    return min(total, math.ceil(step / VECTOR) * VECTOR)
+
+
 class Blocks:
     """A problem cut into blocks, with the buffers they are made in.
+
+    ``held``: how many blocks a pass has at once, when evidence is made in linear space; with the lengths and factors of
+    their classes they stay below ``whole`` numbers.
 
     On a CPU a block is a millisecond's work and every PyTorch call a few microseconds, so views are made once.
     """
 
-    def __init__(self, problem: Problem, image: Tensor, columns: int = 0) -> None:
+    def __init__(self, problem: Problem, image: Tensor, held: int, whole: int) -> None:
         self.problem, self.image = problem, image
         self.B, self.M, self.K = problem.sizes
         self.rows = max(1, min(BLOCK_ROWS, self.B))
         # few images: wider blocks, so that each is worth its overhead
-        self.columns = max(1, min(self.K, (columns or BLOCK_COLUMNS) * max(1, BLOCK_ROWS // self.rows)))
+        most = BLOCK_COLUMNS * (BLOCK_ROWS // self.rows)
         #: largest ln(1 + v) kept in linear space: a row sum of these cannot overflow
-        self.limit = math.log(torch.finfo(problem.dtype).max) - math.log(self.columns) - 1
+        self.limit = math.log(torch.finfo(problem.dtype).max) - math.log(min(most, self.K)) - 1
         self.log_w = math.log(problem.prior_weight)
         constant = torch.zeros_like(problem.scale) if problem.bias is None else problem.bias
         #: what is added to scale * <x, t>: for exp evidence the block is made as ln v = z - ln W
         constant = constant - self.log_w if problem.activation == "exp" else constant
         self.known_bounds, self.may_underflow = self._from_unit_length(constant)
+        if problem.activation != "exp" or self.known_bounds is None:
+            held += 3  # an activation, or a step in log space, makes blocks of its own
+        room = 3 * whole // (4 * (held * self.rows + 4 * self.M))
+        self.columns = even_step(self.K, min(most, max(LEAST_COLUMNS, room)))
         self._constant = constant.unbind()
         self._text = problem.text.unbind()
         self._image = [image] * self.M if image.dim() == 2 else image.unbind(1)
+        self._memory: dict[str, Tensor] = {}
         self._buffers: dict[tuple[str, int, int], Tensor] = {}
         # popping from a dict is atomic: no two threads, and no two problems in one thread, share a block
-        self._idle_key = problem.dtype, self.rows * self.columns
-        kept = _idle.pop(self._idle_key, None) if image.device.type == "cpu" else None
-        if kept is not None:
-            self._buffers["logits", self.rows, self.columns] = kept.view(self.rows, self.columns)
+        kept = _idle.pop(problem.dtype, None) if image.device.type == "cpu" else None
+        if kept is not None and kept.numel() >= self.rows * self.columns:
+            self._memory["logits"] = kept
 
     def close(self) -> None:
         """Hand the block of logits back for the next call."""
-        kept = self._buffers.get(("logits", self.rows, self.columns))
+        kept = self._memory.get("logits")
         if type(kept) is not Tensor or kept.device.type != "cpu" or kept.is_inference():
             kept = None
-        if kept is not None and self.rows * self.columns <= BLOCK_ROWS * BLOCK_COLUMNS:
+        if kept is not None and kept.numel() <= BLOCK_ROWS * BLOCK_COLUMNS:
             _idle.clear()  # one block at most outlives a call
-            _idle[self._idle_key] = kept
+            _idle[self.problem.dtype] = kept
+        self._memory.clear()
         self._buffers.clear()
 
     def _from_unit_length(self, constant: Tensor) -> tuple[list[float] | None, bool]:
@@ -130,13 +148,9 @@ class Blocks:
         """A reusable block; it holds whatever was left there."""
         key = name, rows, columns
         if key not in self._buffers:
-            # the first block is the largest; smaller ones at the edges live in its memory
-            whole = self._buffers.get((name, self.rows, self.columns))
-            if whole is None:
-                whole = self.image.new_empty(self.rows, self.columns)
-                self._buffers[name, self.rows, self.columns] = whole
-            if key not in self._buffers:
-                self._buffers[key] = whole.view(-1)[: rows * columns].view(rows, columns)
+            if name not in self._memory:  # smaller blocks at the edges live in a large one's memory
+                self._memory[name] = self.image.new_empty(self.rows * self.columns)
+            self._buffers[key] = self._memory[name][: rows * columns].view(rows, columns)
         return self._buffers[key]
 
     def text(self, m: int, columns: slice) -> Tensor:
@@ -183,8 +197,10 @@ class Blocks:
                 return Block(z, LOG, bound)
             return Block(exp_(z) if self.may_underflow else z.exp_(), LINEAR, bound)
         e = softplus(z) if self.problem.activation == "softplus" else z.relu_()
-        v = e.div_(self.problem.prior_weight)
-        return Block(v, LINEAR, math.log1p(float(v.amax())) if known is None else known)
+        bound = math.log1p(float(e.amax()) / self.problem.prior_weight) if known is None else known
+        if not bound < self.limit:
+            return Block(e.log_().sub_(self.log_w), LOG, bound)
+        return Block(e.div_(self.problem.prior_weight), LINEAR, bound)
 
 
 def log1p_exp(x: float) -> float:

@@ -1,7 +1,15 @@
-"""The blocked backend allocates nothing of size [B, M, K], forward or backward, nor [B, K] where it need not."""
+"""The blocked backend holds less than [B, M, K], forward or backward, and less than [B, K] where it need not.
+
+Twice: no single tensor is so large, over blocks of a few numbers; and all tensors together are not, over blocks as they
+are, for K = 1000 and more. (Below, an image's row sums, some 60 numbers for each opinion, are no smaller than its K
+logits; and blocks of fewer than 64 classes are not made, whatever the sum.)
+"""
+
+from itertools import accumulate
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,11 +34,14 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr("cdc_ops.backends.blocks.BLOCK_ROWS", 4)
-    monkeypatch.setattr("cdc_ops.backends.blocks.BLOCK_COLUMNS", 6)
-    monkeypatch.setattr("cdc_ops.backends.blocked.TOPK_COLUMNS", 6)
+def nothing_kept_from_before(monkeypatch):
     monkeypatch.setattr("cdc_ops.backends.blocks._idle", {})
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    for name, value in {"BLOCK_ROWS": 4, "BLOCK_COLUMNS": 6, "LEAST_COLUMNS": 6, "VECTOR": 1}.items():
+        monkeypatch.setattr(f"cdc_ops.backends.blocks.{name}", value)
 
 
 def inputs():
@@ -73,7 +84,7 @@ assert max(INPUT, ROWS) < B * K < B * M * K
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_opinion_never_holds_every_prompts_logits(rule, activation):
+def test_opinion_never_holds_every_prompts_logits(small_blocks, rule, activation):
     most = most_elements(lambda *a: opinion(*a, rule=rule, activation=activation), "blocked")
     assert most == B * K  # its output
     most = most_elements(lambda *a: opinion(*a, rule=rule, activation=activation), "reference")
@@ -82,22 +93,104 @@ def test_opinion_never_holds_every_prompts_logits(rule, activation):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("form, kl_weight", [("digamma", 0.0), ("log", 1.0), ("mse", 0.0)])
-def test_loss_never_holds_even_the_fused_logits(rule, form, kl_weight):
+def test_loss_never_holds_even_the_fused_logits(small_blocks, rule, form, kl_weight):
     kwargs = {"rule": rule, "form": form, "kl_weight": kl_weight}
     assert most_elements(lambda *a: loss(*a, **kwargs), "blocked") <= max(INPUT, ROWS)
     assert most_elements(lambda *a: loss(*a, **kwargs), "reference") >= B * M * K
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_topk_never_holds_the_fused_logits(rule):
+def test_topk_never_holds_the_fused_logits(small_blocks, rule):
     assert most_elements(lambda *a: topk(*a, rule=rule), "blocked") <= INPUT
     assert most_elements(lambda *a: topk(*a, rule=rule), "reference") >= B * M * K
 
 
-def test_a_confident_problem_allocates_no_more():
+def test_a_confident_problem_allocates_no_more(small_blocks):
     """Logits too large for linear space take the logarithmic path."""
     x, t, s, b = (v.detach() for v in inputs())
     for function in (opinion, loss):
         with LargestTensor() as largest:
             function(x, t, 20 * s, b, "blocked")
         assert largest.most <= B * K
+
+
+# -- all that is alive at once, blocks as they are
+
+
+def allocations(call):
+    """Result of the call, and the bytes it allocated (or, negative, freed), in order, as the profiler saw them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = call()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return result, [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def size_of(tensors):
+    return sum(x.nbytes for x in tensors)
+
+
+def peaks(function, B, M, K, scale):
+    """Most numbers alive beyond inputs and outputs, forward; beyond those and the gradients, forward and backward."""
+    torch.manual_seed(0)
+    image, text = torch.randn(B, 8, requires_grad=True), torch.randn(M, K, 8, requires_grad=True)
+    inputs = image, text, torch.full((M,), scale, requires_grad=True), torch.zeros(M, requires_grad=True)
+    outputs, forward = allocations(lambda: function(*inputs))
+    most = [max(accumulate(forward)) - size_of(outputs)]
+    if outputs[0].requires_grad:
+        given = [torch.ones_like(x) for x in outputs]
+        gradients, backward = allocations(lambda: torch.autograd.grad(outputs, inputs, given))
+        most.append(max(accumulate(backward, initial=sum(forward))) - size_of(outputs) - size_of(gradients))
+    return [x / 4 for x in most]
+
+
+SMALL = [(4, 4, 1000), (32, 8, 1000), (4, 8, 2000), (16, 2, 1000), (16, 1, 2000)]
+PROBLEMS = [*SMALL, (256, 4, 1000), (260, 3, 1000)]
+IN_LINEAR_SPACE = {"scale": 20.0}
+IN_LOG_SPACE = {"scale": 200.0}
+THROUGH_WEIGHTS = {"scale": 20.0, "activation": "softplus", "rule": "weighted"}
+
+
+@pytest.mark.parametrize("sizes", PROBLEMS)
+@pytest.mark.parametrize("choices", [IN_LINEAR_SPACE, IN_LOG_SPACE, THROUGH_WEIGHTS])
+def test_an_opinions_tensors_together_stay_below_the_logits(sizes, choices):
+    B, M, K = sizes
+
+    def parts(x, t, s, b, backend="blocked", scale=None, **kwargs):
+        result = fused_opinion(x, t, scale=s, bias=b, backend=backend, **kwargs)
+        return result.log_ratio, result.log_partition, result.prompt_log_partition
+
+    kwargs = choices | {"scale": None}
+    assert max(peaks(lambda *i: parts(*i, **kwargs), *sizes, choices["scale"])) < B * M * K
+    # and the plain formulas do not, or this could not fail
+    assert min(peaks(lambda *i: parts(*i, backend="reference", **kwargs), *sizes, choices["scale"])) >= B * M * K
+
+
+WITHOUT_KL = [(form, 0.0, sizes) for form in ("digamma", "mse") for sizes in PROBLEMS]
+WITH_KL = [("mse", 1.0, sizes) for sizes in SMALL]  # whose special functions take long
+
+
+@pytest.mark.parametrize("form, kl_weight, sizes", [*WITHOUT_KL, *WITH_KL])
+@pytest.mark.parametrize("choices", [IN_LINEAR_SPACE, IN_LOG_SPACE, THROUGH_WEIGHTS])
+def test_a_losss_tensors_together_stay_below_the_logits(choices, form, kl_weight, sizes):
+    B, M, K = sizes
+    y = torch.arange(B) % K
+
+    def loss(x, t, s, b):
+        kwargs = choices | {"scale": s, "form": form, "kl_weight": kl_weight}
+        return [evidential_cross_entropy(x, t, y, bias=b, backend="blocked", **kwargs)]
+
+    assert max(peaks(loss, *sizes, choices["scale"])) < B * M * K
+
+
+@pytest.mark.parametrize("sizes", PROBLEMS)
+@pytest.mark.parametrize("choices", [IN_LINEAR_SPACE, IN_LOG_SPACE, THROUGH_WEIGHTS])
+def test_topks_tensors_together_stay_below_the_fused_logits(sizes, choices):
+    """Beside the features' lengths [M, K], which alone are [B, K] when there are no more images than prompts."""
+    B, M, K = sizes
+
+    def top(x, t, s, b):
+        result = fused_topk(x, t, 5, bias=b, backend="blocked", **(choices | {"scale": s}))
+        return [result.classes, result.prob, result.belief, result.uncertainty, result.prompt_uncertainty]
+
+    (most,) = peaks(top, *sizes, choices["scale"])
+    assert most - M * K < B * K

@@ -32,10 +32,9 @@ f64 = torch.float64
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 2 images by 3 classes, so that small problems have many, ragged at both edges."""
-    monkeypatch.setattr("cdc_ops.backends.blocks.BLOCK_ROWS", 2)
-    monkeypatch.setattr("cdc_ops.backends.blocks.BLOCK_COLUMNS", 3)
-    monkeypatch.setattr("cdc_ops.backends.blocked.TOPK_COLUMNS", 2)
+    """Blocks of at most 2 images by 3 classes, so that small problems have many, ragged at both edges."""
+    for name, value in {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 3, "LEAST_COLUMNS": 2, "VECTOR": 1}.items():
+        monkeypatch.setattr(f"cdc_ops.backends.blocks.{name}", value)
 
 
 def features(B, M, K, D, *, per_prompt=False, dtype=f64, seed=0, layout="contiguous"):

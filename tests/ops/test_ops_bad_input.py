@@ -74,6 +74,18 @@ SHARED = {
     "bias too large": ({"bias": -1e38}, r"bias must be a number.*within 2\^100; got -1e\+38"),
     "image too long": ({"image": image() * 1e20}, r"image must have lengths within float32; got 3 whose.*overflows"),
     "text too long": ({"text": text() * 1e25}, r"text must have lengths within float32; got 8 whose length overflows"),
+    "image too long to be taken as it is": (
+        {"image": image() * 1e20, "normalize": False},
+        r"image must have lengths within float32; got 3 whose.*overflows",
+    ),
+    "products too large": (
+        {"image": image() * 1e16, "text": text() * 1e16, "normalize": False},
+        r"image and text must have lengths whose product, times scale, is within 2\^100.*got 2.2.*e\+16 and 2.2.*e\+16",
+    ),
+    "products too large for the scale": (
+        {"image": image() * 1e12, "text": text() * 1e12, "scale": 1e10, "normalize": False},
+        r"image and text must have lengths whose product, times scale,.*a scale of 1e\+10",
+    ),
     "scale of another M": ({"scale": torch.ones(3)}, r"scale must be.*shape \[2\].*got.*\[3\]"),
     "scale is integer tensor": ({"scale": torch.ones(2, dtype=torch.long)}, r"scale must be.*int64"),
     "bias of another M": ({"bias": torch.zeros(3)}, r"bias must be.*shape \[2\].*got.*\[3\]"),
@@ -287,6 +299,26 @@ OTHERS = {
         lambda: FrontDoorAggregator("batch")(p_s),
         r"class_given_semantic_x must be a tensor",
     ),
+    "aggregator self semantics": (
+        lambda: FrontDoorAggregator("self")(p_s[:, :1], p_y[:B]),
+        r"semantic_given_x must have shape \[B, 2\] to match",
+    ),
+    "aggregator self dimensions": (
+        lambda: FrontDoorAggregator("self")(p_s, p_y[0]),
+        r"class_given_semantic_x must have shape \[B, S, K\]",
+    ),
+    "aggregator self elsewhere": (
+        lambda: FrontDoorAggregator("self")(p_s, p_y[:B].to(meta)),
+        r"class_given_semantic_x must be on the device of semantic_given_x, cpu",
+    ),
+    "aggregator self without classes": (
+        lambda: FrontDoorAggregator("self")(p_s, p_y[:B, :, :0]),
+        r"class_given_semantic_x must have shape \[B, S, K\] without a zero",
+    ),
+    "aggregator self negative": (
+        lambda: FrontDoorAggregator("self")(-p_s, p_y[:B]),
+        r"semantic_given_x must not be negative",
+    ),
     "aggregator self shapes": (
         lambda: FrontDoorAggregator("self")(p_s, p_y),
         r"class_given_semantic_x must have shape \[B, S, K\]",
@@ -308,11 +340,20 @@ def test_messages_are_one_sentence():
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-def test_huge_but_finite_features_are_accepted():
-    """A sum or a length that overflows is not taken for a feature that is not finite."""
-    huge = torch.full((B, D), 3e38)
-    assert cdc_ops.fused_opinion(huge, text(), scale=1.0, normalize=False).belief.shape == (B, K)
-    assert cdc_ops.evidence_from_logits(huge).isfinite().all()
+def test_a_sum_that_overflows_is_not_taken_for_a_number_that_is_not_finite():
+    assert cdc_ops.evidence_from_logits(torch.full((B, D), 3e38)).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("activation", ["exp", "softplus", "relu"])
+def test_the_largest_products_that_are_accepted_give_finite_results(backend, activation):
+    x, t = torch.randn(B, D), torch.randn(M, K, D)
+    x, t = (v * 0.999 * 2.0**49 / v.norm(dim=-1).max() for v in (x, t))
+    t.requires_grad_()
+    kwargs = {"scale": 4.0, "normalize": False, "activation": activation, "backend": backend}
+    opinion = cdc_ops.fused_opinion(x, t, **kwargs)
+    cdc_ops.evidential_cross_entropy(x, t, y, **kwargs).backward()
+    assert opinion.prob.isfinite().all() and t.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked"])

@@ -1,0 +1,83 @@
+"""Every public operation inside somebody's autocast: computed in float32 all the same, to the last bit."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import cdc_ops
+
+generator = torch.Generator().manual_seed(0)
+
+
+def draw(*shape):
+    return torch.rand(*shape, generator=generator) + 0.1
+
+
+x, t, y = draw(4, 16), draw(2, 5, 16), torch.tensor([0, 1, 2, 4])
+e, p_s, p_y = draw(4, 2, 5), draw(4, 2).softmax(-1), draw(4, 2, 5).softmax(-1)
+opinion_measures = ("evidence", "alpha", "prob", "entropy", "expected_entropy", "mutual_information", "dissonance")
+
+
+def values(opinion):
+    """All that an opinion tells."""
+    parts = [getattr(opinion, name) for name in opinion_measures]
+    return [part() if callable(part) else part for part in parts]
+
+
+def bank(p_s, p_y):
+    aggregate = cdc_ops.FrontDoorAggregator("bank", bank_size=4, semantics=2, classes=5)
+    aggregate.update(p_y)
+    return aggregate(p_s)
+
+
+def fused(backend):
+    opinion = cdc_ops.fused_opinion(x, t, scale=3.0, backend=backend)
+    return [opinion.belief, opinion.prob, opinion.evidence, opinion.conflict, *values(opinion.opinion())]
+
+
+BACKENDS = ("reference", "blocked")
+CALLS = {
+    "ConsistencyLoss": lambda: cdc_ops.ConsistencyLoss()(t, t[0]),
+    "DecouplingLoss": lambda: cdc_ops.DecouplingLoss()(t),
+    "EvidenceFusion": lambda: cdc_ops.EvidenceFusion("weighted")(e),
+    "EvidenceHead": lambda: cdc_ops.EvidenceHead(2, scale=3.0)(x, t).prob,
+    "EvidentialLoss": lambda: cdc_ops.EvidentialLoss(kl_weight=0.1)(x, t, y, scale=3.0),
+    "FrontDoorAggregator": lambda: [
+        cdc_ops.FrontDoorAggregator("self")(p_s, p_y),
+        cdc_ops.FrontDoorAggregator("batch")(p_s, p_y),
+        bank(p_s, p_y),
+    ],
+    "FusedOpinion": lambda: fused("blocked"),
+    "Opinion": lambda: values(cdc_ops.Opinion.from_evidence(e)),
+    "TopK": lambda: cdc_ops.fused_topk(x, t, 2, scale=3.0).belief,
+    "conflict": lambda: cdc_ops.conflict(e, 1),
+    "consistency_loss": lambda: cdc_ops.consistency_loss(t, t[0]),
+    "decoupling_loss": lambda: [cdc_ops.decoupling_loss(t, kind) for kind in ("cosine", "cosine_squared")],
+    "dirichlet_cross_entropy": lambda: cdc_ops.dirichlet_cross_entropy(e[:, 0], y, kl_weight=0.1),
+    "discount": lambda: cdc_ops.discount(e, 0.7),
+    "evidence_from_logits": lambda: [cdc_ops.evidence_from_logits(e, a) for a in ("exp", "softplus", "relu")],
+    "evidential_cross_entropy": lambda: [
+        cdc_ops.evidential_cross_entropy(x, t, y, scale=3.0, backend=backend) for backend in BACKENDS
+    ],
+    "frontdoor_adjust": lambda: [cdc_ops.frontdoor_adjust(p_s, p_y), cdc_ops.frontdoor_adjust(p_s, p_y, e[:, 0, 0])],
+    "fuse_evidence": lambda: [
+        cdc_ops.fuse_evidence(e, 1, rule) for rule in ("dempster", "cumulative", "averaging", "weighted")
+    ],
+    "fuse_log_ratio": lambda: cdc_ops.fuse_log_ratio(e, 1, "weighted"),
+    "fused_opinion": lambda: [fused(backend) for backend in BACKENDS],
+    "fused_topk": lambda: [cdc_ops.fused_topk(x, t, 2, scale=3.0, backend=backend).prob for backend in BACKENDS],
+}
+
+
+def test_no_public_name_is_left_out():
+    assert set(CALLS) == set(cdc_ops.__all__) - {"BackendUnavailableError", "value_checks"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(name, half):
+    plain = tree_leaves(CALLS[name]())
+    with torch.autocast("cpu", dtype=half):
+        cast = tree_leaves(CALLS[name]())
+    for a, b in zip(plain, cast, strict=True):
+        assert b.dtype == torch.float32 and torch.equal(a, b)
