@@ -68,9 +68,11 @@ def check_images(images: Tensor, shape: tuple[int, int], device: torch.device, p
     """Raise ValueError unless `images` are finite floats [B, 3, H, W] (or [B, prompts, 3, H, W])."""
     h, w = shape
     expected = f"[B, 3, {h}, {w}]" + (f" or [B, {prompts}, 3, {h}, {w}]" if prompts is not None else "")
-    if not isinstance(images, Tensor) or not images.is_floating_point():
+    # dense, and of at least 16 bits: torch computes little with others
+    dense = isinstance(images, Tensor) and images.layout == torch.strided and images.dtype.itemsize > 1
+    if not dense or not images.is_floating_point():
         raise ValueError(
-            f"images: expected a floating-point tensor {expected}, normalised as by backbone.preprocess, "
+            f"images: expected a dense floating-point tensor {expected}, normalised as by backbone.preprocess, "
             f"got {shape_of(images)}"
         )
     good = images.ndim == 4 or (images.ndim == 5 and prompts is not None and images.size(1) == prompts)

@@ -32,6 +32,9 @@ def pair_of(batch: object) -> tuple[Tensor, Tensor]:
         raise ValueError(f"loader: expected batches (images, targets), got a {type(batch).__name__}{inside}")
     images, targets = batch
     try:
-        return images, torch.as_tensor(targets)
+        targets = torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"loader: expected targets that are class indices, got {targets!r:.80}") from error
+    if targets.shape != images.shape[:1]:
+        raise ValueError(f"targets: expected shape {list(images.shape[:1])} to match images, got {list(targets.shape)}")
+    return images, targets

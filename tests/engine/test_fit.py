@@ -141,12 +141,16 @@ def test_what_is_no_loader(loader, backbone):
         ((torch.zeros(2, 3, 32, 32),), "a tuple of 1"),
         (("a.png", 0), "a tuple of 2"),
         ((torch.zeros(2, 3, 32, 32), ["red", "green"]), r"\['red', 'green'\]"),
+        ((torch.zeros(2, 3, 32, 32), torch.zeros(2, 3).long()), r"\[2, 3\]"),
+        ((torch.zeros(1, 3, 32, 32), 0), r"\[\]"),
     ],
-    ids=["images", "dict", "no targets", "paths", "names"],
+    ids=["images", "dict", "no targets", "paths", "names", "one-hot", "one number"],
 )
-def test_what_is_no_batch(batch, told, backbone):
-    with pytest.raises(ValueError, match=f"loader: expected .*got {told}"):
-        fit(CoOp(backbone, CLASSES), [batch], progress=False)
+def test_what_is_no_batch(batch, told, backbone, coloured):
+    model = CoOp(backbone, CLASSES)
+    for call in (fit, evaluate):
+        with pytest.raises(ValueError, match=f"(loader|targets): expected .*got {told}"):
+            call(model, [coloured, batch], progress=False)
 
 
 def test_targets_may_be_a_list(backbone, coloured):
