@@ -1,6 +1,7 @@
 """CLIP towers that take prompts, adaptation methods built on them, data, training and evaluation."""
 
 from cdc_models.clip import ClipBackbone, UnsupportedBackboneError, load_clip
+from cdc_models.data import harmonic_mean
 from cdc_models.engine import (
     Evaluation,
     FitResult,
@@ -8,6 +9,7 @@ from cdc_models.engine import (
     evaluate,
     fit,
     load_adapter,
+    push_adapter,
     save_adapter,
 )
 from cdc_models.methods import CDC, METHODS, CoOp, MaPLe, Method, Prediction, ZeroShot
@@ -27,7 +29,9 @@ __all__ = [
     "calibrate",
     "evaluate",
     "fit",
+    "harmonic_mean",
     "load_adapter",
     "load_clip",
+    "push_adapter",
     "save_adapter",
 ]

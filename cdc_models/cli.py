@@ -13,9 +13,12 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
+from cdc_models import processes
 from cdc_models.commands.evaluate import evaluate
 from cdc_models.commands.predict import predict
 from cdc_models.commands.protocol import PROTOCOL_COMMANDS
+from cdc_models.commands.report import report
+from cdc_models.commands.sample import sample
 from cdc_models.commands.settings import RunFailed
 from cdc_models.commands.train import train
 from cdc_models.demo import demo
@@ -31,7 +34,12 @@ COMMANDS: dict[str, Command | dict[str, Callable[..., None]]] = {
     "evaluate": evaluate,
     "predict": predict,
     "protocol": PROTOCOL_COMMANDS,
+    "report": report,
+    "sample": sample,
 }
+SHARED = ("train", "evaluate", "predict")
+"""What several processes can do together."""
+
 SWITCHES = ("--ablation", "--quiet", "--json")
 EXIT = (
     "Exit status: 0 done; 2 arguments or input that cannot be used, told in one sentence; 130 interrupted, and the "
@@ -47,14 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            _run(COMMANDS, _fill(_new("cdc", EXIT), COMMANDS).parse_args(given))
+            parsed = _fill(_new("cdc", EXIT), COMMANDS).parse_args(given)
+            with processes.joined():
+                if processes.part()[1] > 1 and parsed.command not in SHARED:
+                    raise ValueError(f"{parsed.command} is the work of one process; several do {', '.join(SHARED)}")
+                _run(COMMANDS, parsed)
     except ArgumentError as error:
         _end(2, " ".join(str(error).split()))
     except KeyboardInterrupt as stop:
         _end(130, f"interrupted: {stop}" if str(stop) else "interrupted")
     except (ValueError, FileNotFoundError, ImportError) as error:
         _end(2, error)
-    except (RunFailed, OSError) as error:
+    except (RunFailed, processes.FirstFailed, OSError) as error:
         _end(1, error)
 
 

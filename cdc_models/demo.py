@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,14 @@ from cdc_models.engine import calibrate
 from cdc_models.experiment import ABLATIONS, SETTINGS, Results, Run, batches, benchmark_of, compare, train_one
 from cdc_models.methods import CDC
 
-__all__ = ["demo"]
+__all__ = ["LEGEND", "demo", "title_of"]
+
+LEGEND = (
+    "base, new, H: accuracy in %, ± deviation over runs.  H − …: paired by class split, ± 95 % interval.  ECE: "
+    "calibration error on base classes, before and after fitting one temperature on 4 further shots a class.  AURC: "
+    "risk over coverage, lower is better, and AUROC: images of new classes shown to the base classifier told from base "
+    "images; both by largest probability, and by the method's own uncertainty (CDC: vacuity)."
+)
 
 
 def demo(
@@ -82,7 +89,6 @@ def demo(
     workers = workers or min(
         8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    reference = next(iter(settings))
     started = time.perf_counter()
     backbone = load_clip("bundled")
     runs = [Run(split, split * seeds + i + 1, task, partition, shots) for split in range(splits) for i in range(seeds)]
@@ -110,8 +116,7 @@ def demo(
             console.print(f"Interrupted. Finished runs are in {results.path}; the same command goes on from there.")
             raise SystemExit(130) from None
 
-    summary: dict[str, Any] = {
-        "title": _title(task, partition, splits, seeds, shots),
+    facts = {
         "command": "cdc " + " ".join(sys.argv[1:]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
@@ -122,26 +127,12 @@ def demo(
         },
         "backbone": backbone.fingerprint,
         "settings": {label: asdict(setting) for label, setting in settings.items()},
-        "rows": report.summarise(rows, reference),
         "seconds": time.perf_counter() - started,
         "runs_taken_from_an_earlier_call": resumed,
     }
-    table, markdown = report.tables(summary["rows"], reference, summary["title"])
+    summary, table, pictures = report.write_comparison(rows, title_of(runs), out, facts)
     console.print(table)
-    console.print(
-        "base, new, H: accuracy in %, ± deviation over runs.  H − …: paired by class split, ± 95 % interval.  "
-        "ECE: calibration error on base classes, before and after fitting one temperature on 4 further "
-        "shots a class.  AURC: risk over coverage, lower is better, and AUROC: images of new classes shown to the base "
-        "classifier told from base images; both by largest probability, and by the method's own uncertainty (CDC: "
-        "vacuity).",
-        style="dim",
-    )
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (out / "table.md").write_text(markdown + "\n")
-    pictures = [out / "accuracy.png", out / "reliability.png", out / "coverage.png"]
-    report.plot_bars(summary["rows"], pictures[0], summary["title"])
-    report.plot_reliability(rows, pictures[1])
-    report.plot_coverage(rows, pictures[2])
+    console.print(LEGEND, style="dim")
     if "CDC" in settings:
         with console.status("drawing examples"):
             report.plot_sheet(_examples(backbone, runs[0]), out / "examples.png")
@@ -152,9 +143,12 @@ def demo(
     return summary
 
 
-def _title(task: str, partition: str, splits: int, seeds: int, shots: int) -> str:
+def title_of(runs: Sequence[Run]) -> str:
+    """What these runs are, in a line."""
+    [(task, partition, shots)] = {(run.task, run.partition, run.shots) for run in runs}
+    splits = len({run.split for run in runs})
     what = {"artist": "seen concepts, unseen artist", "transfer": "shots by other unseen artists"}[task]
-    return f"{what}; {shots} shots, {splits} class splits x {seeds} draws" + (
+    return f"{what}; {shots} shots, {splits} class splits x {len(set(runs)) // splits} draws" + (
         "" if partition == "test" else f" ({partition} classes)"
     )
 

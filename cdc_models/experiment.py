@@ -27,7 +27,7 @@ from cdc_models.methods import METHODS, Method
 from cdc_models.prompts import ENSEMBLE
 from cdc_models.rows import Rows
 
-__all__ = ["ABLATIONS", "SETTINGS", "Run", "Setting", "run_one", "train_one"]
+__all__ = ["ABLATIONS", "SETTINGS", "Run", "Setting", "is_complete", "run_one", "train_one"]
 
 
 @dataclass(frozen=True)
@@ -217,17 +217,22 @@ class Results(Rows):
 
     def get(self, label: str, setting: Setting, run: Run) -> dict[str, Any] | None:
         row = self.rows.get(self.key(setting, run))
-        return {**row, "label": label} if row is not None and _complete(row) else None
+        # label, run and setting are the caller's: what the row itself says of them may have been edited
+        given = {"label": label, "run": asdict(run), "setting": asdict(setting)}
+        return {**row, **given} if row is not None and is_complete(row) else None
 
     def keep(self, label: str, setting: Setting, run: Run, result: dict[str, Any]) -> None:
         row = {"key": self.key(setting, run), "label": label, "run": asdict(run), "setting": asdict(setting), **result}
         self.add(row)
 
 
-def _complete(row: dict[str, Any]) -> bool:
+def is_complete(row: dict[str, Any]) -> bool:
     """Whether a row has every figure of a table, and each is a number."""
-    figures = [row.get(name) for name in FIGURES] + [row.get("uncalibrated", {}).get("ece_base")]
-    return all(isinstance(x, float) and isfinite(x) for x in figures) and {"base", "new"} <= set(row.get("curves", ()))
+    raw, curves = row.get("uncalibrated"), row.get("curves")
+    if not (isinstance(raw, dict) and isinstance(curves, dict) and {"base", "new"} <= curves.keys()):
+        return False
+    figures = [row.get(name) for name in FIGURES] + [raw.get("ece_base")]
+    return all(isinstance(x, float) and isfinite(x) for x in figures)
 
 
 _worker_backbone: ClipBackbone | None = None

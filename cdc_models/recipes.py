@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from cdc_models import processes
 from cdc_models.clip import ClipBackbone
-from cdc_models.data import ImageDataset, ImageList, ImageLoader, ImageReport, test_transform, train_transform
+from cdc_models.data import (
+    ImageDataset,
+    ImageList,
+    ImageLoader,
+    ImageReport,
+    SkippedImage,
+    test_transform,
+    train_transform,
+)
 from cdc_models.engine import FitResult, fit
 from cdc_models.methods import METHODS, Method, ZeroShot
 
-__all__ = ["Recipe", "Training", "build", "on_dataset", "reader", "recipe", "recipes_of", "train_on"]
+__all__ = ["Recipe", "Training", "build", "on_dataset", "reader", "recipe", "recipes_of", "report_of", "train_on"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def on_dataset(model: Method, data: ImageDataset, options: dict[str, Any] | None
 
 
 def reader(images: ImageList, backbone: ClipBackbone, batch: int, workers: int) -> ImageLoader:
-    """Images in order, under the test transform.
+    """Images in order, under the test transform; of several processes, each reads its share.
 
     Raises:
         ValueError: if there are none.
@@ -126,7 +135,14 @@ def reader(images: ImageList, backbone: ClipBackbone, batch: int, workers: int) 
         batch,
         num_workers=workers,
         pin_memory=backbone.device.type == "cuda",
+        part=processes.part(),
     )
+
+
+def report_of(loader: ImageLoader) -> ImageReport:
+    """What a loader of `reader` has skipped; of several processes, what all have."""
+    skipped = processes.gather_json([asdict(image) for image in loader.report.skipped])
+    return ImageReport(loader.report.total, [SkippedImage(**image) for each in skipped for image in each])
 
 
 def train_on(
@@ -141,6 +157,8 @@ def train_on(
     progress: bool = True,
 ) -> tuple[FitResult, ImageReport]:
     """Train a method on the training images of a dataset, as published: shuffled, cropped, flipped, whole batches.
+
+    Several processes share each batch, and take the steps that one would: only what `Views` draw differs.
 
     Returns:
         What `fit` returns, and which images were skipped.
@@ -160,6 +178,7 @@ def train_on(
         num_workers=workers,
         drop_last=True,
         pin_memory=model.backbone.device.type == "cuda",
+        part=processes.part(),
     )
     if training.compile:
         model.compile(fullgraph=True)
@@ -178,7 +197,7 @@ def train_on(
         checkpoint_every=checkpoint_every,
         progress=progress,
     )
-    return result, loader.report
+    return result, report_of(loader)
 
 
 def recipes_of(methods: Sequence[str], settings: dict[str, dict[str, Any]], training: Training) -> dict[str, Recipe]:

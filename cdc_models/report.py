@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +17,16 @@ from cdc_models.experiment import FIGURES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["paired_difference", "plot_bars", "plot_coverage", "plot_reliability", "plot_sheet", "summarise", "tables"]
+__all__ = [
+    "paired_difference",
+    "plot_bars",
+    "plot_coverage",
+    "plot_reliability",
+    "plot_sheet",
+    "summarise",
+    "tables",
+    "write_comparison",
+]
 
 # Student's t at 97.5 % for 1 to 10 degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -68,17 +78,18 @@ def summarise(rows: Sequence[dict[str, Any]], reference: str) -> dict[str, dict[
         figures: dict[str, Any] = {name: fmean(r[name] for r in own) for name in FIGURES}
         figures["ece_base_uncalibrated"] = fmean(r["uncalibrated"]["ece_base"] for r in own)
         for name in ("base", "new", "H"):
-            figures[f"{name}_std"] = stdev([r[name] for r in own]) if len(own) > 1 else math.nan
+            figures[f"{name}_std"] = stdev([r[name] for r in own]) if len(own) > 1 else None
         figures["runs"], figures["splits"] = len(own), len({r["run"]["split"] for r in own})
         if reference in labels and label != reference:
-            figures["H_gain"], figures["H_gain_half_width"] = paired_difference(own, labels[reference], "H")
+            figures["H_gain"], half = paired_difference(own, labels[reference], "H")
+            figures["H_gain_half_width"] = None if math.isnan(half) else half  # JSON has no nan
         summary[label] = figures
     return summary
 
 
 def _percent(value: float, spread: float | None = None) -> str:
     text = f"{100 * value:.1f}"
-    return text if spread is None or math.isnan(spread) else f"{text} ± {100 * spread:.1f}"
+    return text if spread is None else f"{text} ± {100 * spread:.1f}"
 
 
 def tables(summary: dict[str, dict[str, Any]], reference: str, title: str) -> tuple[Table, str]:
@@ -100,7 +111,7 @@ def tables(summary: dict[str, dict[str, Any]], reference: str, title: str) -> tu
     body = []
     for label, s in summary.items():
         gain = "" if "H_gain" not in s else f"{100 * s['H_gain']:+.1f}"
-        if gain and not math.isnan(s["H_gain_half_width"]):
+        if gain and s["H_gain_half_width"] is not None:
             gain += f" ± {100 * s['H_gain_half_width']:.1f}"
         body.append(
             [
@@ -128,6 +139,31 @@ def tables(summary: dict[str, dict[str, Any]], reference: str, title: str) -> tu
     return table, markdown
 
 
+def write_comparison(
+    rows: Sequence[dict[str, Any]], title: str, folder: Path, facts: dict[str, Any]
+) -> tuple[dict[str, Any], Table, list[Path]]:
+    """Write summary.json, table.md and the pictures of finished runs.
+
+    Args:
+        rows: of `compare`; the first one's label is what the others' H is set against.
+        folder: must exist.
+        facts: further entries of the summary.
+
+    Returns:
+        The summary, the table for a terminal, and the pictures.
+    """
+    reference = rows[0]["label"]
+    summary = {"title": title, **facts, "rows": summarise(rows, reference)}
+    table, text = tables(summary["rows"], reference, title)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    (folder / "table.md").write_text(text + "\n")
+    pictures = [folder / "accuracy.png", folder / "reliability.png", folder / "coverage.png"]
+    plot_bars(summary["rows"], pictures[0], title)
+    plot_reliability(rows, pictures[1])
+    plot_coverage(rows, pictures[2])
+    return summary, table, pictures
+
+
 # -- pictures -------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +188,7 @@ def plot_bars(summary: dict[str, dict[str, Any]], path: Path, title: str) -> Non
     for i, label in enumerate(labels):
         s = summary[label]
         heights = [100 * s[name] for name in ("base", "new", "H")]
-        errors = [0 if math.isnan(s[f"{name}_std"]) else 100 * s[f"{name}_std"] for name in ("base", "new", "H")]
+        errors = [100 * (s[f"{name}_std"] or 0) for name in ("base", "new", "H")]
         at = [x + (i - (len(labels) - 1) / 2) * width for x in range(3)]
         bars = ax.bar(at, heights, width * 0.92, yerr=errors, capsize=2, color=COLOURS[i % len(COLOURS)], label=label)
         size = 7 if len(labels) <= 5 else 5.5

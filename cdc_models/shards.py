@@ -1,21 +1,21 @@
-"""Predictions of many images, a shard of them at a time: written whole or not at all, and not made twice."""
+"""Predictions of many images, a part of them at a time: written whole or not at all, and not made twice."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cdc_models.data import DatasetError, ImageList, ImageLoader, test_transform
+from cdc_models.data import ImageList, TarImages, test_transform
+from cdc_models.data.image_loader import read_batches
 from cdc_models.data.tables import need_pyarrow
 from cdc_models.engine.files import replacing
 from cdc_models.methods import Method
 
-__all__ = ["COLUMNS", "FORMATS", "predict_images", "predict_shards"]
+__all__ = ["COLUMNS", "FORMATS", "part_files", "predict_images", "predict_shards", "read_part"]
 
 COLUMNS = (
     "path", "class", "probability", "belief", "uncertainty", "conflict", "template_uncertainty", "skipped",
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 @torch.no_grad()
 def predict_images(
     model: Method,
-    paths: Sequence[str],
+    images: Sequence[str] | str,
     *,
     batch: int = 100,
     workers: int = 0,
@@ -41,18 +41,29 @@ def predict_images(
     not be read, and then all others are None. Softmax methods have no belief, conflict and template_uncertainty.
 
     Args:
-        model: any method. paths: the files.
+        model: any method.
+        images: paths of image files; or one path, of a .tar file of images, which gets a row of its own, the last one,
+            if it is damaged.
         batch, workers: as for `ImageLoader`.
         on_batch: called with the number of images in each batch.
     """
-    rows: list[Row] = [dict.fromkeys(COLUMNS, None) | {"path": path} for path in paths]
-    # Every image is a class of its own here, so that the targets say which images a batch holds.
-    images = ImageList("", [(path, i) for i, path in enumerate(paths)], paths, test_transform(model.backbone))
-    loader = ImageLoader(images, batch, num_workers=workers, pin_memory=model.backbone.device.type == "cuda")
-    read: set[int] = set()
-    try:
-        for pixels, places in loader:
-            said = model.predict(pixels.to(model.backbone.device, non_blocking=True))
+    transform = test_transform(model.backbone)
+    data: ImageList | TarImages
+    if isinstance(images, str):
+        data = TarImages(images, transform)
+        names, damage = data.names, data.damage
+    else:
+        names, damage = [str(path) for path in images], None
+        # every image is a class of its own here, so that the targets say which images a batch holds
+        data = ImageList("", [(name, i) for i, name in enumerate(names)], names, transform)
+    rows: list[Row] = [_row(name) for name in names]
+    device = model.backbone.device
+    batches = read_batches(data, range(len(rows)), batch, workers, pin_memory=device.type == "cuda")
+    for first, (good, bad) in zip(range(0, len(rows), batch), batches, strict=True):
+        here = range(first, min(first + batch, len(rows)))
+        places = [] if good is None else good[1].tolist()
+        if good is not None:
+            said = model.predict(good[0].to(device, non_blocking=True))
             at = said.classes[:, None]
             columns = {
                 "class": said.labels(),
@@ -62,17 +73,13 @@ def predict_images(
                 "conflict": None if said.conflict is None else said.conflict.tolist(),
                 "template_uncertainty": None if said.prompt_uncertainty is None else said.prompt_uncertainty.tolist(),
             }
-            for i, place in enumerate(places.tolist()):
+            for i, place in enumerate(places):
                 rows[place] |= {name: None if values is None else values[i] for name, values in columns.items()}
-            read.update(places.tolist())
-            on_batch(len(places))
-    except DatasetError:
-        if read or not loader.report.skipped:
-            raise
-        # not one image of this shard can be read, which the rows say
-    reasons = {image.path: f"{image.reason} ({image.detail})" for image in loader.report.skipped}
-    for place in set(range(len(paths))) - read:
-        rows[place]["skipped"] = reasons[str(Path(paths[place]))]
+        for place, image in zip(sorted({*here} - {*places}), bad, strict=True):
+            rows[place]["skipped"] = f"{image.reason} ({image.detail})"
+        on_batch(len(here))
+    if damage is not None:
+        rows.append(_row(damage.path) | {"skipped": f"{damage.reason} ({damage.detail})"})
     return rows
 
 
@@ -85,45 +92,99 @@ def predict_shards(
     format: str = "parquet",
     batch: int = 100,
     workers: int = 0,
+    part: tuple[int, int] = (0, 1),
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> Iterator[list[Row]]:
-    """Predict images into files part-00000 and so on, `shard_size` images each; holds one shard at a time.
+    """Predict images into files part-00000 and so on, `shard_size` images each; holds one part at a time.
 
-    A shard is written beside its place and renamed, so one that is there is whole; it is checked to be of the same
-    images, and not made again.
+    A path that ends in .tar stands for the images within, which are a part of their own, however many they are. A part
+    is written beside its place and renamed, so one that is there is whole; it is checked to be of the same images, and
+    not made again.
 
     Args:
-        model: any method. paths: the files, the same ones in the same order in every call.
-        folder: for the shards; must exist.
-        shard_size: images in a shard. format: "parquet" or "jsonl".
+        model: any method. paths: the files, the same ones in the same order in every call and every process.
+        folder: for the parts; must exist.
+        shard_size: images in a part. format: "parquet" or "jsonl".
         batch, workers, on_batch: see `predict_images`.
+        part: (r, n) makes parts r, r + n, r + 2n and so on: what process r of n does. They need not run together.
 
     Yields:
-        The rows of each shard, new or found; of those found only path and skipped.
+        The rows of each part, new or found; of those found only path and skipped.
 
     Raises:
-        ValueError: for arguments out of range, or a shard that holds other images.
-        OSError: if a shard cannot be written. ImportError: for Parquet without pyarrow.
+        ValueError: for arguments out of range, or a part that holds other images.
+        OSError: if a part cannot be written. ImportError: for Parquet without pyarrow.
     """
     if shard_size < 1 or format not in FORMATS:
         raise ValueError(f"shard_size, format: expected at least 1 and one of {FORMATS}, got {shard_size}, {format!r}")
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(f"part: expected (r, n) with 0 <= r < n, got {part}")
     if format == "parquet":
         _pyarrow()
-    rest = iter(paths)
-    for number in count():
-        shard = list(islice(rest, shard_size))
-        if not shard:
-            return
-        path = folder / f"part-{number:05d}.{format}"
+    number = -1
+    for number, images in enumerate(_parts(paths, shard_size)):
+        if number % part[1] != part[0]:
+            continue
+        path = _part_file(folder, number, format)
         if path.exists():
-            rows = _read(path)
-            if [row["path"] for row in rows] != shard:
-                raise ValueError(f"out: {path} holds predictions of other images; give another folder, or delete it")
+            rows = read_part(path)
+            if not _are_of(rows, images):
+                raise _other_images(path)
             on_batch(len(rows))
         else:
-            rows = predict_images(model, shard, batch=batch, workers=workers, on_batch=on_batch)
+            rows = predict_images(model, images, batch=batch, workers=workers, on_batch=on_batch)
             _write(path, rows)
         yield rows
+    if (beyond := _part_file(folder, number + 1, format)).exists():
+        raise _other_images(beyond)
+
+
+def part_files(folder: Path, format: str = "parquet") -> list[Path]:
+    """The parts that are in a folder."""
+    return sorted(folder.glob(f"part-*.{format}"))
+
+
+def _part_file(folder: Path, number: int, format: str) -> Path:
+    return folder / f"part-{number:05d}.{format}"
+
+
+def _parts(paths: Iterable[str], size: int) -> Iterator[list[str] | str]:
+    """Image files in parts of a size; a .tar file as it is. The next path is asked for when the next part is."""
+    images: list[str] = []
+    for path in paths:
+        if path.lower().endswith(".tar"):
+            if images:
+                yield images
+            yield path
+            images = []
+        else:
+            images.append(path)
+            if len(images) == size:
+                yield images
+                images = []
+    if images:
+        yield images
+
+
+def _are_of(rows: Sequence[Row], images: list[str] | str) -> bool:
+    """Whether rows are of these image files, or of this .tar file."""
+    if isinstance(images, str):
+        file = _text(images)
+        return all(row["path"] == file or row["path"].startswith(f"{file}::") for row in rows)
+    return [row["path"] for row in rows] == [_text(path) for path in images]
+
+
+def _other_images(path: Path) -> ValueError:
+    return ValueError(f"out: {path} holds predictions of other images; give another folder, or delete it")
+
+
+def _row(name: str) -> Row:
+    return dict.fromkeys(COLUMNS, None) | {"path": _text(name)}
+
+
+def _text(name: str) -> str:
+    """A name as text that can be stored: bytes of a name that are no UTF-8 are written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _pyarrow() -> Any:
@@ -142,7 +203,12 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
             arrow.parquet.write_table(arrow.Table.from_pylist(list(rows), schema), beside)
 
 
-def _read(path: Path) -> list[Row]:
+def read_part(path: Path) -> list[Row]:
+    """Path and skipped of each row of a part.
+
+    Raises:
+        ValueError: for a file that is no part.
+    """
     try:
         if path.suffix == ".jsonl":
             rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
@@ -150,6 +216,4 @@ def _read(path: Path) -> list[Row]:
         arrow = _pyarrow()
         return arrow.parquet.read_table(path, columns=["path", "skipped"]).to_pylist()
     except (ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors
-        raise ValueError(
-            f"out: {path} is no shard of predictions ({error}); delete it to have it made again"
-        ) from error
+        raise ValueError(f"out: {path} is no part of predictions ({error}); delete it to have it made again") from error

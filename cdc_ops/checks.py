@@ -144,6 +144,12 @@ def number(name: str, value: object, *, low: float = -math.inf, open_low: bool =
     return size
 
 
+def how_many(name: str, value: object, classes: int) -> None:
+    """``value`` is a number of the classes, at least one."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= classes:
+        raise ValueError(f"{name} must be an integer from 1 to the number of classes, {classes}; got {value!r}")
+
+
 def prior_weight(value: object, classes: int) -> float:
     """The non-informative prior weight W: a number above 0, or None for the number of classes."""
     return float(classes) if value is None else number("prior_weight", value, low=0.0, open_low=True)
@@ -172,19 +178,33 @@ def source_dim(x: Tensor, dim: object, name: str = "evidence") -> int:
     return dim
 
 
-def target(x: object, shape: Sequence[int], classes: int, device: torch.device) -> Tensor:
-    """Class indices of the given shape within [0, classes)."""
+def class_indices(x: object, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Integers of the given shape, ready to be class indices; values are not read yet."""
     if not isinstance(x, Tensor) or x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
         raise ValueError(f"target must be an integer tensor of shape {list(shape)}; got {came(x)}")
     if list(x.shape) != list(shape):
         raise ValueError(f"target must have shape {list(shape)}; got {came(x)}")
     if x.device != device:
         raise ValueError(f"target must be on the device of the other tensors, {device}; got {came(x)}")
-    if x.numel() and _may_read(x):
-        low, high = (int(v) for v in torch.aminmax(x.detach()))
+    return x.long()
+
+
+def target(x: object, shape: Sequence[int], classes: int, device: torch.device) -> Tensor:
+    """Class indices of the given shape within [0, classes)."""
+    indices = class_indices(x, shape, device)
+    if indices.numel() and _may_read(indices):
+        low, high = (int(v) for v in torch.aminmax(indices))
         if low < 0 or high >= classes:
             raise ValueError(f"target must hold class indices in [0, {classes}); got values from {low} to {high}")
-    return x.long()
+    return indices
+
+
+def fingerprint(x: Tensor) -> int:
+    """A number of less than 32 bits that other integers [N] hardly have; 0 where values are not read."""
+    if not _may_read(x):
+        return 0
+    place = torch.arange(1, len(x) + 1, device=x.device)
+    return int(((x + 1) * place).sum() % 2**31)
 
 
 def text_features(name: str, x: object) -> Tensor:

@@ -7,6 +7,8 @@
 
 The target never enters a sum it would dominate: the loss of a confident opinion is a function of what is
 *not* on the target, and no two nearly equal numbers are subtracted.
+
+Row sums of an opinion come from those of its shards, each over some of the classes (:func:`merged`).
 """
 
 import math
@@ -37,28 +39,47 @@ class RowSums(NamedTuple):
     kl_sum: Tensor | None
 
 
-def row_sums(log_ratio: Tensor, target: Tensor, prior_weight: float, form: str, kl: bool) -> RowSums:
-    """The row sums of opinions with log ratio [..., K] and target [...]."""
-    K = log_ratio.shape[-1]
-    index = target.unsqueeze(-1)
-    log_target = log_alpha_ratio(log_ratio.gather(-1, index), K).squeeze(-1)
+def row_sums(log_ratio: Tensor, target: Tensor, classes: int, prior_weight: float, square: bool, kl: bool) -> RowSums:
+    """The row sums of opinions about K ``classes``, over those in log_ratio [..., up to K].
+
+    target [...] counts within log_ratio; -1 where it is none of these: log_target is then 0. log_rest holds the
+    prior of all classes but the target, ``(K - 1) / K``, whatever part of them is in log_ratio.
+    """
+    K = classes
+    here = (target >= 0).unsqueeze(-1)
+    index = target.clamp_min(0).unsqueeze(-1)
+    log_target = torch.where(here, log_alpha_ratio(log_ratio.gather(-1, index), K), 0.0).squeeze(-1)
     if K == 1:
         nothing = torch.full_like(log_target, -math.inf)
         return RowSums(log_target, nothing, nothing, torch.zeros_like(log_target))
-    is_target = torch.zeros_like(log_ratio, dtype=torch.bool).scatter(-1, index, True)
+    is_target = torch.zeros_like(log_ratio, dtype=torch.bool).scatter(-1, index, here)
     others = log_ratio.masked_fill(is_target, 0)
     log_rest = log_row_sum(others, constant=(K - 1) / K)
-    if form != "mse" and not kl:
+    if not square and not kl:
         return RowSums(log_target, log_rest, None, None)
     log_alpha = log_alpha_ratio(others, K)
     log_square = kl_sum = None
-    if form == "mse":
+    if square:
         shift = shift_of(others)
         squares = torch.exp(2 * (log_alpha - shift)).masked_fill(is_target, 0)
         log_square = torch.log(squares.sum(-1)) + 2 * shift.squeeze(-1)
     if kl:
         kl_sum = kl_element(log_alpha + math.log(prior_weight)).masked_fill(is_target, 0).sum(-1)
     return RowSums(log_target, log_rest, log_square, kl_sum)
+
+
+def merged(parts: RowSums, classes: int) -> RowSums:
+    """Row sums [...] of opinions from those of their shards, [shards, ...]; each class is in one of these."""
+    log_target, log_rest, log_square, kl_sum = parts
+    if len(log_target) == 1:
+        return RowSums._make(None if x is None else x[0] for x in parts)
+    log_prior = math.log((classes - 1) / classes)  # in every shard's log_rest, and once in the sum
+    return RowSums(
+        log_target.sum(0),
+        log_row_sum(log_rest - log_prior, 0) + log_prior,
+        None if log_square is None else torch.logsumexp(log_square, 0),
+        None if kl_sum is None else kl_sum.sum(0),
+    )
 
 
 def loss_from_row_sums(sums: RowSums, classes: int, prior_weight: float, form: str, kl_weight: float) -> Tensor:
@@ -84,5 +105,6 @@ def loss_from_row_sums(sums: RowSums, classes: int, prior_weight: float, form: s
 
 def dirichlet_loss(log_ratio: Tensor, target: Tensor, prior_weight: float, form: str, kl_weight: float) -> Tensor:
     """The loss [...] of opinions with log ratio [..., K]."""
-    sums = row_sums(log_ratio, target, prior_weight, form, kl_weight != 0)
-    return loss_from_row_sums(sums, log_ratio.shape[-1], prior_weight, form, kl_weight)
+    K = log_ratio.shape[-1]
+    sums = row_sums(log_ratio, target, K, prior_weight, form == "mse", kl_weight != 0)
+    return loss_from_row_sums(sums, K, prior_weight, form, kl_weight)

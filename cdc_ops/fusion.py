@@ -39,15 +39,20 @@ def fuse_log_ratio(log_ratio: Tensor, dim: int, rule: str = "dempster") -> Tenso
     return fused_log_ratio(log_ratio, checks.source_dim(log_ratio, dim, "log_ratio"), rule)
 
 
-def fused_log_ratio(log_ratio: Tensor, dim: int, rule: str) -> Tensor:
-    """:func:`fuse_log_ratio` of arguments that are known to be right."""
+def fused_log_ratio(log_ratio: Tensor, dim: int, rule: str, weight: Tensor | None = None) -> Tensor:
+    """:func:`fuse_log_ratio` of arguments that are known to be right.
+
+    weight: of the weighted rule, shape of log_ratio without the classes; None to make it from these classes.
+    """
     if rule == "dempster":
         return log_ratio.sum(dim)
     if rule == "cumulative":
         return log_row_sum(log_ratio, dim)
     if rule == "averaging":
         return log_row_sum(log_ratio, dim, weight=1 / log_ratio.shape[dim])
-    return log_row_sum(log_ratio, dim, weight=confidence_weight(log_row_sum(log_ratio), dim).unsqueeze(-1))
+    if weight is None:
+        weight = confidence_weight(log_row_sum(log_ratio), dim)
+    return log_row_sum(log_ratio, dim, weight=weight.unsqueeze(-1))
 
 
 def confidence_weight(log_partition: Tensor, dim: int) -> Tensor:

@@ -27,6 +27,18 @@ def reduce(loss: Tensor, reduction: str) -> Tensor:
     return loss.mean()
 
 
+def make_loss_form(form: str, kl_weight: float, prompt_weight: float, fused_weight: float, reduction: str) -> LossForm:
+    """Check the arguments that say which evidential loss."""
+    checks.one_of("form", form, FORMS)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    return LossForm(
+        form=form,
+        kl_weight=checks.number("kl_weight", kl_weight, low=0.0),
+        prompt_weight=checks.number("prompt_weight", prompt_weight, low=0.0),
+        fused_weight=checks.number("fused_weight", fused_weight, low=0.0),
+    )
+
+
 def evidential_cross_entropy(
     image: Tensor,
     text: Tensor,
@@ -84,19 +96,12 @@ def evidential_cross_entropy(
     >>> bool(right < wrong)
     True
     """
-    checks.one_of("form", form, FORMS)
-    checks.one_of("reduction", reduction, REDUCTIONS)
-    loss_form = LossForm(
-        form=form,
-        kl_weight=checks.number("kl_weight", kl_weight, low=0.0),
-        prompt_weight=checks.number("prompt_weight", prompt_weight, low=0.0),
-        fused_weight=checks.number("fused_weight", fused_weight, low=0.0),
-    )
+    loss = make_loss_form(form, kl_weight, prompt_weight, fused_weight, reduction)
     problem = make_problem(image, text, scale, bias, activation, rule, prior_weight, normalize)
     B, _, K = problem.sizes
     target = checks.target(target, [B], K, image.device)
     with torch.autocast(image.device.type, enabled=False):
-        return reduce(choose(backend, problem).evidential_loss(problem, target, loss_form), reduction)
+        return reduce(choose(backend, problem).evidential_loss(problem, target, loss), reduction)
 
 
 def dirichlet_cross_entropy(

@@ -136,3 +136,8 @@ class Opinion:
 def belief_of(log_ratio: Tensor, log_partition: Tensor) -> Tensor:
     """``b = (e / W) u`` from ``l`` [..., K] and ``-ln u`` [...], exact for tiny and for enormous evidence."""
     return -torch.expm1(-log_ratio) * torch.exp(log_ratio - log_partition.unsqueeze(-1))
+
+
+def prob_of(belief: Tensor, log_partition: Tensor, classes: int) -> Tensor:
+    """``p = b + u / K`` from belief [..., any of the K classes] and ``-ln u`` [...]."""
+    return belief + (torch.exp(-log_partition) / classes).unsqueeze(-1)

@@ -11,7 +11,7 @@ from cdc_ops import checks
 from cdc_ops.backends import Problem, choose
 from cdc_ops.evidence import ACTIVATIONS
 from cdc_ops.fusion import RULES, conflict_from_log_partition, evidence_from_log_ratio
-from cdc_ops.opinion import Opinion, belief_of
+from cdc_ops.opinion import Opinion, belief_of, prob_of
 
 
 def make_problem(
@@ -39,6 +39,7 @@ def make_problem(
         activation=activation,
         rule=rule,
         prior_weight=checks.prior_weight(prior_weight, K),
+        classes=K,
         normalize=bool(normalize),
         dtype=dtype,
         image_norm=check_values("image", image),
@@ -82,7 +83,7 @@ class FusedOpinion:
     @property
     def prob(self) -> Tensor:
         """Expected class probabilities ``b_k + u / K`` [B, K]."""
-        return self.belief + (self.uncertainty / self.log_ratio.shape[-1]).unsqueeze(-1)
+        return prob_of(self.belief, self.log_partition, self.log_ratio.shape[-1])
 
     @property
     def evidence(self) -> Tensor:
@@ -124,6 +125,15 @@ class TopK:
     belief: Tensor
     uncertainty: Tensor
     prompt_uncertainty: Tensor
+
+    @classmethod
+    def of(
+        cls, classes: Tensor, log_ratio: Tensor, log_partition: Tensor, prompt_log_partition: Tensor, total: int
+    ) -> TopK:
+        """From log ratios [B, k] of these of ``total`` classes, and log partitions over all."""
+        belief = belief_of(log_ratio, log_partition)
+        prob = prob_of(belief, log_partition, total)
+        return cls(classes, prob, belief, torch.exp(-log_partition), torch.exp(-prompt_log_partition))
 
 
 def fused_opinion(
@@ -217,10 +227,6 @@ def fused_topk(
             [1]])
     """
     problem = make_problem(image, text, scale, bias, activation, rule, prior_weight, normalize)
-    K = problem.sizes[2]
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= K:
-        raise ValueError(f"k must be an integer from 1 to the number of classes, {K}; got {k!r}")
+    checks.how_many("k", k, problem.classes)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        classes, log_ratio, log_partition, prompts = choose(backend, problem).fused_topk(problem, k)
-        belief, u = belief_of(log_ratio, log_partition), torch.exp(-log_partition)
-        return TopK(classes, belief + (u / K).unsqueeze(-1), belief, u, torch.exp(-prompts))
+        return TopK.of(*choose(backend, problem).fused_topk(problem, k), problem.classes)

@@ -73,13 +73,13 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
-def cdc(capsys):
-    """Runs a command that reads its images itself: (exit status, stdout, stderr)."""
+def cdc_command(capsys):
+    """Runs a command: (exit status, stdout, stderr)."""
     from cdc_models.cli import main
 
     def call(*arguments):
         try:
-            main([*map(str, arguments), "--workers=0"])
+            main([str(argument) for argument in arguments])
             status = 0
         except SystemExit as stop:
             status = stop.code
@@ -87,6 +87,12 @@ def cdc(capsys):
         return status, said.out, said.err
 
     return call
+
+
+@pytest.fixture
+def cdc(cdc_command):
+    """The same for a command that reads images, and reads them itself."""
+    return lambda *arguments: cdc_command(*arguments, "--workers=0")
 
 
 @pytest.fixture

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hardness
 import pytest
 import report
+import scaling
 import targets
 import torch
+from shapes import Shape
 from timing import peak_memory, time_interleaved
 
 ROOT = Path(__file__).parents[1]
@@ -91,3 +94,35 @@ def test_targets_are_judged_by_the_best_of_each_side():
     lines = targets.judged(rows, "cpu")
     assert [line.rsplit("| ", 1)[1] for line in lines[2:]] == ["met |", "met |", "**missed** |", "met |"]
     assert targets.judged(rows, "interpreter") == []
+
+
+def test_growth_is_measured_drawn_and_gone_on_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "BASE", Shape("base", 4, 2, 30, 16))
+    monkeypatch.setattr(scaling, "SWEEPS", {"B": (2, 4), "M": (1, 3), "K": (20, 200)})
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--device=cpu", "--seconds=0", f"--out={tmp_path}", "--limit=5e-5"])
+    scaling.main()
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and all(row["ways"]["blocked"]["ms"] > 0 for row in rows)
+    large = [row for row in rows if row["K"] == 200]
+    assert all("eager" in row["ways"] for row in rows if row["K"] < 200)
+    assert [row["operation"] for row in large if "eager" not in row["ways"]] == ["loss gradients"]
+    assert "left out" in (tmp_path / "table.md").read_text()
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("opinion", "loss-gradients"))
+    capsys.readouterr()
+    scaling.main()
+    assert "base:" not in capsys.readouterr().out
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 12
+
+
+def test_hardness_is_measured_on_validation_classes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hardness, "LEVELS", (1.0,))
+    monkeypatch.setattr(hardness, "METHODS", ("zero-shot",))
+    monkeypatch.setattr(sys, "argv", ["hardness.py", f"--out={tmp_path}"])
+    hardness.main()
+    committed = [json.loads(x) for x in (ROOT / "benches/results/hardness/results.jsonl").read_text().splitlines()]
+    for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines()):
+        [same] = [r for r in committed if all(r[n] == row[n] for n in ("method", "split", "hardness"))]
+        assert row["base"] == pytest.approx(same["base"], abs=0.005) and row["new"] == pytest.approx(
+            same["new"], abs=0.005
+        )
+    assert (tmp_path / "table.md").read_text().splitlines()[-1].startswith("| 1.0 |")

@@ -69,6 +69,14 @@ def test_a_row_without_its_figures_is_another_run(damage, tmp_path):
     assert Results(tmp_path / "r.jsonl", "a" * 64).get("x", Setting("coop"), Run(0, 1)) is None
 
 
+def test_what_a_row_says_of_its_run_does_not_count(tmp_path):
+    figures = dict.fromkeys(FIGURES, 0.5) | {"uncalibrated": {"ece_base": 0.1}, "curves": {"base": {}, "new": {}}}
+    results = Results(tmp_path / "r.jsonl", "a" * 64)
+    results.keep("x", Setting("coop"), Run(0, 1), figures | {"run": "edited", "label": None})
+    found = Results(tmp_path / "r.jsonl", "a" * 64).get("x", Setting("coop"), Run(0, 1))
+    assert found["label"] == "x" and found["run"]["split"] == 0
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

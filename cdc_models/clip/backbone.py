@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from cdc_models.clip.anatomy import OpenClip, image_obstacle, text_obstacle, text_parts
-from cdc_models.clip.checks import check_images
+from cdc_models.clip.checks import check_images, shape_of, usable_device
 from cdc_models.clip.sources import BUNDLED, from_folder, from_name
 
 
@@ -31,6 +32,9 @@ class ClipBackbone(nn.Module):
         clip: an open_clip CLIP, CustomTextCLIP or CoCa.
         name, pretrained: labels of the architecture and the weights.
         make_tokenizer: called once, when a text is first tokenised.
+
+    Raises:
+        ValueError: what is no open_clip network.
 
     Example:
         >>> from cdc_models.clip import load_clip
@@ -51,6 +55,9 @@ class ClipBackbone(nn.Module):
         make_tokenizer: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
+        parts = ("visual", "encode_image", "encode_text", "logit_scale", "context_length")
+        if not isinstance(clip, nn.Module) or not all(hasattr(clip, part) for part in parts):
+            raise ValueError(f"clip: expected an open_clip CLIP, CustomTextCLIP or CoCa, got {type(clip).__name__}")
         self.clip = clip.requires_grad_(False).eval()
         self.training = False
         self.name, self.pretrained = name, pretrained
@@ -105,6 +112,8 @@ class ClipBackbone(nn.Module):
 
     def encode_words(self, text: str) -> list[int]:
         """Token ids of a text, without start, end and padding."""
+        if not isinstance(text, str):
+            raise ValueError(f"text: expected a text, got {text!r:.80}")
         if hasattr(self.tokenizer, "encode"):
             return list(self.tokenizer.encode(text))
         cleaned = self.tokenizer.clean_fn(text)
@@ -123,9 +132,14 @@ class ClipBackbone(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [N, context_length] -> features [N, D], unnormalised, as open_clip's own encode_text."""
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
-            got = f"{list(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"tokens: expected token ids [N, {self.context_length}], got {got}")
+        good = isinstance(tokens, Tensor) and tokens.dtype in (torch.int64, torch.int32) and tokens.ndim == 2
+        if not good or tokens.size(1) != self.context_length or len(tokens) == 0:
+            raise ValueError(f"tokens: expected token ids [N, {self.context_length}], got {shape_of(tokens)}")
+        parts = text_parts(self.clip)
+        if parts is not None and not torch.compiler.is_compiling():
+            known, low, high = parts.token_embedding.num_embeddings, int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= known:
+                raise ValueError(f"tokens: expected ids in [0, {known}), got {low} to {high}")
         return _feature(self.clip.encode_text(tokens.to(self.device), normalize=False))
 
     def require_promptable_text(self) -> None:
@@ -262,12 +276,20 @@ class ClipBackbone(nn.Module):
             )
 
 
+def check_backbone(backbone: object) -> None:
+    """Raise ValueError unless `backbone` is a ClipBackbone."""
+    if not isinstance(backbone, ClipBackbone):
+        raise ValueError(f"backbone: expected a ClipBackbone, as load_clip gives, got {type(backbone).__name__}")
+
+
 def _feature(output: Any) -> Tensor:
     """The pooled feature of towers that may also return their tokens."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def load_clip(name: str, pretrained: str | None = None, *, device: torch.device | str | None = None) -> ClipBackbone:
+def load_clip(
+    name: str, pretrained: str | os.PathLike[str] | None = None, *, device: torch.device | str | None = None
+) -> ClipBackbone:
     """Load a CLIP, frozen and in evaluation mode, in float32.
 
     Args:
@@ -275,12 +297,13 @@ def load_clip(name: str, pretrained: str | None = None, *, device: torch.device 
             package. With a folder as `pretrained`, only a label: the folder says what the network is.
         pretrained: an open_clip tag (downloaded by open_clip), a local file (safetensors or a torch checkpoint,
             read weights-only), a local folder (open_clip_config.json and weights), or None for random weights.
-        device: where to put it.
+        device: where to put it; None: torch's default device.
 
     Raises:
         ValueError: an unknown name (close ones are listed); a `pretrained` that is neither tag, file nor folder;
-            weights that do not fit; a tag trained with another activation than the name's (OpenAI's weights need
-            the "-quickgelu" names: with the plain ones accuracy silently drops).
+            weights that do not fit; a TorchScript archive (reading one runs it; the message says how to convert it);
+            a tag trained with another activation than the name's (OpenAI's weights need the "-quickgelu" names: with
+            the plain ones accuracy silently drops); a device that is not there.
         RuntimeError: weights that cannot be downloaded.
 
     Example:
@@ -289,6 +312,13 @@ def load_clip(name: str, pretrained: str | None = None, *, device: torch.device 
         >>> backbone.name, backbone.training
         ('bundled', False)
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name: expected an open_clip model name or 'bundled', got {name!r:.80}")
+    if pretrained is not None:
+        if not isinstance(pretrained, str | os.PathLike) or pretrained == "":
+            raise ValueError(f"pretrained: expected a tag, a file, a folder or None, got {pretrained!r:.80}")
+        pretrained = os.fspath(pretrained)
+    device = torch.get_default_device() if device is None else usable_device(device)
     if name == "bundled" or pretrained == "bundled":
         if name != "bundled" or pretrained not in (None, "bundled"):
             raise ValueError(
@@ -302,4 +332,4 @@ def load_clip(name: str, pretrained: str | None = None, *, device: torch.device 
     else:
         source = from_name(name, pretrained)
     backbone = ClipBackbone(source.clip, name=name, pretrained=pretrained, make_tokenizer=source.make_tokenizer)
-    return backbone if device is None else backbone.to(device)
+    return backbone.to(device)

@@ -11,6 +11,23 @@ def shape_of(x: object) -> str:
     return f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
 
+def check_count(argument: str, value: object, low: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{argument}: expected a whole number >= {low}, got {value!r}")
+
+
+def usable_device(device: torch.device | str | int) -> torch.device:
+    """The device, or a ValueError if torch does not know it or this machine does not have it."""
+    try:
+        known = torch.device(device)
+        torch.empty(1, device=known)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {device!r} cannot be used: {reason}") from error
+    return known
+
+
 def check_prompts(
     context: Tensor,
     deep: Tensor | None,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from cdc_models.clip.backbone import ClipBackbone
+from cdc_models.clip.backbone import ClipBackbone, check_backbone
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +88,21 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_distinct(names: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError if two names have the same tokens: no text tower could tell them apart."""
+    first: dict[tuple[int, ...], str] = {}
+    for name, row in zip(names, rows, strict=True):
+        if tuple(row) in first:
+            raise ValueError(f"names: {name!r} and {first[tuple(row)]!r} are the same class (they tokenise alike)")
+        first[tuple(row)] = name
+
+
+def check_template(argument: str, template: object) -> None:
+    """Raise ValueError unless `template` is a text with one place for a name."""
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise ValueError(f"{argument}: expected a text with exactly one '{{}}', got {template!r:.80}")
+
+
 def words_of(name: str) -> str:
     """A class name as words: underscores count as spaces (the rule of CoOp's data sets, whose names are file names)."""
     return name.replace("_", " ").strip()
@@ -115,19 +129,15 @@ def tokenize_classes(backbone: ClipBackbone, names: Sequence[str], template: str
         >>> len(classes), classes.names[1]
         (2, 'fire_engine')
     """
+    check_backbone(backbone)
     backbone.require_promptable_text()
     names = check_names(names)
-    if template.count("{}") != 1:
-        raise ValueError(f"template: expected exactly one '{{}}', got {template!r}")
+    check_template("template", template)
     texts = [words_of(name) for name in names]
 
     head = template.split("{}")[0]
     rows = [backbone.encode_words(template.replace("{}", text)) for text in texts]
-    first: dict[tuple[int, ...], str] = {}
-    for name, row in zip(names, rows, strict=True):
-        if tuple(row) in first:
-            raise ValueError(f"names: {name!r} and {first[tuple(row)]!r} are the same class (they tokenise alike)")
-        first[tuple(row)] = name
+    check_distinct(names, rows)
     room = backbone.context_length - 2
     if long := [f"{name!r} ({len(row)})" for name, row in zip(names, rows, strict=True) if len(row) > room]:
         raise ValueError(

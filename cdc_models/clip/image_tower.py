@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
 from cdc_models.clip.anatomy import OpenClip
+from cdc_models.clip.backbone import ClipBackbone, check_backbone
 from cdc_models.clip.blocks import attention, run_block
 from cdc_models.clip.checks import check_images, check_prompts
-
-if TYPE_CHECKING:
-    from cdc_models.clip.backbone import ClipBackbone
 
 
 def encode_prompted_image(
@@ -51,6 +47,7 @@ def encode_prompted_image(
         >>> encode_prompted_image(backbone, images, torch.zeros(4, 2, backbone.image_width)).shape[:2]
         torch.Size([2, 4])
     """
+    check_backbone(backbone)
     backbone.require_promptable_image()
     visual: OpenClip = backbone.clip.visual
     blocks = visual.transformer.resblocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -67,6 +68,12 @@ def load_weights(clip: OpenClip, file: Path) -> None:
 
     open_clip would stretch position embeddings of another length to fit; here that is an error as any other.
     """
+    if _is_torchscript(file):
+        raise ValueError(
+            f"pretrained: {file} is a TorchScript archive, a program that runs as it is read; give a tag instead "
+            "(OpenAI's weights: 'openai'), or convert a file that you trust: safetensors.torch.save_file(open_clip."
+            f"factory.load_state_dict({str(file)!r}, weights_only=False), {str(file.with_suffix('.safetensors'))!r})"
+        )
     try:
         given, own = load_state_dict(str(file)), clip.state_dict()
         for name in POSITION_EMBEDDINGS & given.keys() & own.keys():
@@ -79,6 +86,14 @@ def load_weights(clip: OpenClip, file: Path) -> None:
         raise ValueError(f"pretrained: the weights in {file} do not fit the network: {summary}") from error
 
 
+def _is_torchscript(file: Path) -> bool:
+    """Whether a file is a TorchScript archive, as OpenAI publishes its weights: told apart as torch does."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 def from_folder(folder: Path) -> Source:
     """A network from a folder that holds its configuration and its weights."""
     config_file = next((folder / name for name in CONFIG_NAMES if (folder / name).is_file()), None)
@@ -87,11 +102,17 @@ def from_folder(folder: Path) -> Source:
         missing = "configuration" if config_file is None else "weights"
         wanted = CONFIG_NAMES if config_file is None else WEIGHT_NAMES
         raise ValueError(f"pretrained: the folder {folder} holds no {missing} (one of {', '.join(wanted)})")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    if "model_cfg" not in config:
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"pretrained: {config_file} is not JSON: {error}") from error
+    if not isinstance(config, dict) or "model_cfg" not in config:
         raise ValueError(f"pretrained: {config_file} has no 'model_cfg'")
     model_cfg = config["model_cfg"]
-    clip = build_network(model_cfg, config.get("preprocess_cfg"))
+    try:
+        clip = build_network(model_cfg, config.get("preprocess_cfg"))
+    except Exception as error:  # whatever a configuration that says anything at all may lead to
+        raise ValueError(f"pretrained: {config_file} does not describe a network: {error!r}") from error
     load_weights(clip, weights)
     context_length = open_clip.CLIPTextCfg(**model_cfg["text_cfg"]).context_length
     merges = config.get("tokenizer", {}).get("merges")
@@ -106,6 +127,11 @@ def from_folder(folder: Path) -> Source:
 
 def from_name(name: str, pretrained: str | None) -> Source:
     """A network that open_clip knows by name, with the weights of a tag or a file, or random ones."""
+    if ":" in name:  # open_clip's "hf-hub:" and "local-dir:"
+        raise ValueError(
+            f"name: expected an open_clip model name, got {name!r}; to use a repository or a folder, give its local "
+            "folder (open_clip_config.json and weights) as `pretrained`"
+        )
     name = name.replace("/", "-")
     model_cfg = open_clip.get_model_config(name)
     if model_cfg is None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cdc_models.clip.anatomy import text_parts
+from cdc_models.clip.backbone import ClipBackbone, check_backbone
 from cdc_models.clip.blocks import run_block
-from cdc_models.clip.checks import check_prompts
+from cdc_models.clip.checks import check_count, check_prompts
 from cdc_models.clip.classes import ClassTokens, tokenize_classes
 from cdc_models.clip.text_layout import POSITIONS, text_layout
-
-if TYPE_CHECKING:
-    from cdc_models.clip.backbone import ClipBackbone
 
 __all__ = ["ClassTokens", "encode_prompted_text", "tokenize_classes"]
 
@@ -59,7 +55,10 @@ def encode_prompted_text(
         >>> encode_prompted_text(backbone, classes, torch.zeros(4, 2, backbone.text_width)).shape[:2]
         torch.Size([4, 3])
     """
+    check_backbone(backbone)
     backbone.require_promptable_text()
+    if not isinstance(classes, ClassTokens):
+        raise ValueError(f"classes: expected what tokenize_classes gives, got {type(classes).__name__}")
     parts = text_parts(backbone.clip)
     assert parts is not None  # promptable
     if position not in POSITIONS:
@@ -69,10 +68,10 @@ def encode_prompted_text(
     if deep is not None and position != "end":
         raise ValueError(f"deep: deep prompts need position='end', got position={position!r}")
     classes.require_room(backbone.context_length, context.size(-2), "classes")
+    if chunk is not None:
+        check_count("chunk", chunk)
     if chunk is None or chunk >= len(classes):
         return _encode(backbone, classes, context, deep, position)
-    if chunk < 1:
-        raise ValueError(f"chunk: expected at least 1 class at a time, got {chunk}")
     pieces, back = classes.chunks(chunk)
     features = []
     for places, piece in pieces:

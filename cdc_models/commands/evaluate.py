@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from cdc_models import processes
 from cdc_models.commands.parts import dataset_of, model_of
 from cdc_models.commands.run_folder import write_json
 from cdc_models.commands.settings import Compute, Data, Model, Output
@@ -15,7 +16,7 @@ from cdc_models.data import ImageReport, find_published, load_dataset
 from cdc_models.engine import Evaluation
 from cdc_models.engine import evaluate as evaluate_model
 from cdc_models.provenance import git_commit, versions
-from cdc_models.recipes import reader
+from cdc_models.recipes import reader, report_of
 
 __all__ = ["Question", "evaluate"]
 
@@ -51,7 +52,9 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
     if strangers is not None:
         unknown = reader(strangers.test, classifier.backbone, compute.test_batch, compute.readers)
     found = evaluate_model(classifier, known, unknown=unknown, progress=output.progress)
-    reports = {"known": known.report, "unknown": ImageReport(0) if unknown is None else unknown.report}
+    reports = {"known": report_of(known), "unknown": ImageReport(0) if unknown is None else report_of(unknown)}
+    if not processes.is_first():
+        return
     values = {
         "data": dataset.name,
         "split": question.split,
@@ -61,6 +64,7 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
         "adapter": model.adapter,
         "backbone": classifier.backbone.name,
         **{name: None if value != value else value for name, value in found.numbers().items()},
+        "uncertainty_quantile_95": _quantile_95(found),
         "images": {name: report.to_dict() for name, report in reports.items()},
         "versions": versions(classifier.backbone.device),
         "commit": git_commit(),
@@ -82,6 +86,10 @@ def _root_of(unknown: str, data: Data) -> str | None:
     return None if find_published(unknown) is None or find_published(data.data) is None else data.root
 
 
+def _quantile_95(found: Evaluation) -> float:
+    return float(found.uncertainty.double().quantile(0.95))
+
+
 def _table(title: str, found: Evaluation) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("figure")
@@ -96,6 +104,7 @@ def _table(title: str, found: Evaluation) -> Table:
         ("AURC, uncertainty", found.aurc_uncertainty, "the same, the most uncertain answers refused first"),
         ("uncertainty, right", found.uncertainty_right, "mean over right answers"),
         ("uncertainty, wrong", found.uncertainty_wrong, "mean over wrong answers"),
+        ("uncertainty, 95 %", _quantile_95(found), "19 of 20 of these images lie below: a threshold to refuse by"),
         ("unknown, AUROC", found.unknown_auroc, "unknown classes told from known ones by uncertainty; 0.5 is chance"),
     ]
     for name, value, meaning in lines:

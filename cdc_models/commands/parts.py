@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from cdc_models import processes
 from cdc_models.clip import ClipBackbone, load_clip
 from cdc_models.commands.settings import Backbone, Compute, Data, Draw, Model, RunFailed
 from cdc_models.data import ImageDataset, load_dataset
@@ -27,6 +28,8 @@ def backbone_of(name: str, pretrained: str | None, compute: Compute) -> ClipBack
     device = compute.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and processes.part()[1] > 1:
+        device = f"cuda:{processes.local_rank()}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""`cdc predict`: a class and how far to trust it, for every image of a folder, table or list."""
+"""`cdc predict`: a class and how far to trust it, for every image of a folder, table, list or .tar file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Literal
 
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from cdc_models import processes
 from cdc_models.commands.parts import learned_hash, model_of
 from cdc_models.commands.run_folder import resolved, start_run, write_json
 from cdc_models.commands.settings import Compute, Interrupted, Model, Output
 from cdc_models.data import DatasetError, image_paths
 from cdc_models.methods import Method
-from cdc_models.provenance import git_commit, versions
-from cdc_models.shards import predict_shards
+from cdc_models.provenance import git_commit, peak_memory, versions
+from cdc_models.shards import part_files, predict_shards, read_part
 
 __all__ = ["Images", "predict"]
 
@@ -30,14 +31,16 @@ class Images:
     """Which images, and where to.
 
     Args:
-        images: a folder, a .txt list of paths, or a .csv, .tsv or .parquet file with a column path.
+        images: a folder, a .txt list of paths, a .csv, .tsv or .parquet file with a column path, or .tar files
+            (WebDataset shards) such as "shards-{000..099}.tar"; .tar files may also be among those of a folder, list
+            or table.
         root: the folder that relative paths of a list or table start from.
         classes: class names to choose among; none: those that the adapter was trained on.
         template: text with one "{}" for the class name; zero-shot CLIP only.
         out: folder for part-00000.parquet and so on, config.yaml and report.json; the same command goes on from what is
             there.
         format: parquet (needs pyarrow) or jsonl, a JSON object a line.
-        shard_size: images in one part.
+        shard_size: images in one part; those of a .tar file are a part by themselves.
     """
 
     images: str
@@ -64,14 +67,14 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
     if first is None:
         raise DatasetError(f"images: {images.images} holds no files")
     start_run(images.out, resolved(images, model, compute, output))
-    _check_classifier(images.out / "classifier.json", classifier)
-    count, shards, reasons, listed = 0, 0, Counter[str](), list[dict[str, str]]()
+    processes.on_first(lambda: _check_classifier(images.out / "classifier.json", classifier))
     columns = (SpinnerColumn(), TextColumn("images"), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, disable=not output.progress, transient=True)
     task = bar.add_task("", total=None)
+    begun = time.perf_counter()
     try:
         with bar:
-            for rows in predict_shards(
+            for _ in predict_shards(
                 classifier,
                 chain([first], paths),
                 images.out,
@@ -79,29 +82,41 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
                 format=images.format,
                 batch=compute.test_batch,
                 workers=compute.readers,
+                part=processes.part(),
                 on_batch=lambda done: bar.update(task, advance=done),
             ):
-                skipped = [{"path": row["path"], "reason": row["skipped"]} for row in rows if row["skipped"]]
-                count, shards = count + len(rows), shards + 1
-                reasons.update(image["reason"].split(" (")[0] for image in skipped)
-                listed += skipped[: LISTED - len(listed)]
+                pass
     except KeyboardInterrupt:
         raise Interrupted(f"finished parts are in {images.out}; the same command goes on from there") from None
+    with output.status("waiting for the other processes"):
+        processes.gather_json(None)
+    predicting = time.perf_counter() - begun
+    if not processes.is_first():
+        return
+    count, reasons, listed, parts = 0, Counter[str](), list[dict[str, str]](), part_files(images.out, images.format)
+    for rows in map(read_part, parts):
+        skipped = [{"path": row["path"], "reason": row["skipped"]} for row in rows if row["skipped"]]
+        count += len(rows)
+        reasons.update(image["reason"].split(" (")[0] for image in skipped)
+        listed += skipped[: LISTED - len(listed)]
     values = {
         "folder": str(images.out),
         "images": count,
-        "parts": shards,
+        "parts": len(parts),
         "skipped": sum(reasons.values()),
         "by_reason": dict(reasons),
         "skipped_images": listed,
         "method": classifier.name,
+        "processes": processes.part()[1],
+        "seconds_predicting": predicting,
         "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory(classifier.backbone.device),
         "versions": versions(classifier.backbone.device),
         "commit": git_commit(),
     }
     write_json(images.out / "report.json", values)
     output.result(values)
-    output.say(f"{images.out}: {count} images in {shards} part(s), {values['seconds']:.0f} s")
+    output.say(f"{images.out}: {count} images in {len(parts)} part(s), {values['seconds']:.0f} s")
     if reasons:
         told = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
         output.say(f"{values['skipped']} skipped: {told}; listed in {images.out / 'report.json'}")

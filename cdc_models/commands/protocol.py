@@ -14,10 +14,10 @@ from cdc_models.commands.parts import backbone_of
 from cdc_models.commands.run_folder import resolved, save_settings, write_json, write_text
 from cdc_models.commands.settings import Backbone, Compute, Interrupted, Output
 from cdc_models.data import BASE_TO_NEW, IMAGENET_VARIANTS, ImageDataset, find_published, load_dataset
-from cdc_models.protocols import Cell, Runner, Target, latex, lines, markdown, plan, summarise
+from cdc_models.protocols import TRANSFER, Cell, Runner, Target, latex, lines, markdown, plan, summarise
 from cdc_models.recipes import Training, recipes_of
 
-__all__ = ["PROTOCOL_COMMANDS", "base_to_new", "cross_dataset", "domain_generalisation", "few_shot"]
+__all__ = ["PROTOCOL_COMMANDS", "base_to_new", "cross_dataset", "domain_generalisation", "few_shot", "write_tables"]
 
 ELEVEN = tuple(dataset.name for dataset in BASE_TO_NEW)
 VARIANTS = tuple(dataset.name for dataset in IMAGENET_VARIANTS)
@@ -157,18 +157,24 @@ def _run(
         progress=output.progress,
     )
     rows = _work(runner, cells, recipes, output)
-    published = {"base-to-new": ELEVEN, "cross-dataset": ELEVEN[1:]}
-    summary = summarise(protocol, rows, published.get(protocol, ()), source)
-    title = f"{protocol}, {', '.join(map(str, shots))} shots"
-    write_json(what.out / "summary.json", {"protocol": protocol, "backbone": clip.name, "cells": summary})
-    write_text(what.out / "table.md", markdown(summary, title, clip.name))
-    write_text(what.out / "table.tex", latex(summary, title, clip.name))
-    output.result({"protocol": protocol, "backbone": clip.name, "folder": str(what.out), "cells": summary})
-    output.say(_table(title, *lines(summary)))
+    write_tables(protocol, rows, clip.name, what.out, output)
     skipped = {image["path"] for row in rows for image in (*row["skipped_images"], *row["train_skipped"])}
     if skipped:
         output.say(f"{len(skipped)} images skipped; listed in {what.out / 'results.jsonl'}")
-    output.say(f"{what.out}: results.jsonl, summary.json, table.md, table.tex")
+
+
+def write_tables(protocol: str, rows: Sequence[dict[str, Any]], backbone: str, folder: Path, output: Output) -> None:
+    """Write summary.json, table.md and table.tex of these results, and show the table."""
+    published = {"base-to-new": ELEVEN, "cross-dataset": ELEVEN[1:]}
+    source = rows[0]["source"] if protocol in TRANSFER else None
+    summary = summarise(protocol, rows, published.get(protocol, ()), source)
+    title = f"{protocol}, {', '.join(map(str, dict.fromkeys(row['shots'] for row in rows)))} shots"
+    write_json(folder / "summary.json", {"protocol": protocol, "backbone": backbone, "cells": summary})
+    write_text(folder / "table.md", markdown(summary, title, backbone))
+    write_text(folder / "table.tex", latex(summary, title, backbone))
+    output.result({"protocol": protocol, "backbone": backbone, "folder": str(folder), "cells": summary})
+    output.say(_table(title, *lines(summary)))
+    output.say(f"{folder}: summary.json, table.md, table.tex")
 
 
 def _name(dataset: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from cdc_models import processes
 from cdc_models.commands.settings import Compute, Output
 from cdc_models.engine.checkpoint import differences
 from cdc_models.engine.files import replacing
@@ -28,12 +29,16 @@ def resolved(*settings: Any, **changes: Any) -> dict[str, Any]:
 
 
 def start_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of one training and save its settings; a folder of the same training is gone on with.
+    """Make the folder of one run and save its settings; a folder of the same run is gone on with.
 
     Raises:
         ValueError: if the folder holds a run with other settings; those that change no result may differ.
-        OSError: if it cannot be written.
+        OSError: if it cannot be written. FirstFailed: in processes but the first, for either.
     """
+    processes.on_first(lambda: _start_run(folder, settings))
+
+
+def _start_run(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / "config.yaml"
     if path.exists():
         try:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from rich.console import Console, RenderableType
 
+from cdc_models import processes
+
 __all__ = ["Adaptation", "Backbone", "Compute", "Data", "Draw", "Interrupted", "Model", "Output", "RunFailed"]
 
 
@@ -78,7 +80,7 @@ class Model:
     """Which classifier.
 
     Args:
-        adapter: file that `cdc train` has written; none: zero-shot CLIP.
+        adapter: file that `cdc train` has written, or a hub repository "hf-hub:owner/name"; none: zero-shot CLIP.
         backbone: an open_clip name or "bundled"; none: the adapter's, or ViT-B-16-quickgelu.
         pretrained: its weights, an open_clip tag or a local file or folder; none: the adapter's, or "openai".
     """
@@ -109,9 +111,9 @@ class Compute:
     """Where and how it is computed; changes no result beyond rounding.
 
     Args:
-        device: such as "cuda:1"; "auto" takes a GPU if there is one.
-        workers: processes that read images, at most one a core; 0: none but this one.
-        test_batch: images a step where nothing is learned.
+        device: such as "cuda:1"; "auto" takes a GPU if there is one. Of several processes, each takes its own GPU.
+        workers: processes that read images for each that computes, at most one a core; 0: none but that one.
+        test_batch: images a step where nothing is learned; several processes share them, except in predict.
         checkpoint_every: steps between two checkpoints of training, besides the one after every epoch; 0: none.
     """
 
@@ -129,7 +131,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Output:
-    """What is printed.
+    """What is printed; of several processes, by the first.
 
     Args:
         quiet: nothing for a person to read but errors.
@@ -147,7 +149,7 @@ class Output:
     @property
     def talks(self) -> bool:
         """Whether anything is said to a person."""
-        return not (self.quiet or self.json)
+        return processes.is_first() and not (self.quiet or self.json)
 
     def say(self, what: RenderableType) -> None:
         """Print for a person."""
@@ -160,5 +162,5 @@ class Output:
 
     def result(self, values: dict[str, Any]) -> None:
         """Print for a program."""
-        if self.json:
+        if self.json and processes.is_first():
             print(json.dumps(values))

@@ -6,13 +6,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cdc_models import processes
 from cdc_models.commands.parts import backbone_of, dataset_of
 from cdc_models.commands.run_folder import resolved, start_run, write_json
 from cdc_models.commands.settings import Adaptation, Backbone, Compute, Data, Draw, Interrupted, Output
 from cdc_models.data import ImageReport
 from cdc_models.engine import calibrate, save_adapter
 from cdc_models.provenance import git_commit, peak_memory, versions
-from cdc_models.recipes import Training, build, reader, train_on
+from cdc_models.recipes import Training, build, reader, report_of, train_on
 
 __all__ = ["Folder", "train"]
 
@@ -71,7 +72,9 @@ def train(
         loader = reader(dataset.val, clip, compute.test_batch, compute.readers)
         with output.status("fitting how sure it is"):
             likelihood = calibrate(model, loader)
-        held_out = loader.report
+        held_out = report_of(loader)
+    if not processes.is_first():
+        return
     images = {"train": report.to_dict(), "validation": held_out.to_dict()}
     adapter = folder.out / "adapter.safetensors"
     summary = {"data": dataset.name, "shots": draw.shots, "seed": draw.seed, "half": data.half, "losses": result.losses}

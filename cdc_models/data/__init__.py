@@ -11,6 +11,7 @@ from cdc_models.data.open_image import BadImageError, open_image
 from cdc_models.data.protocol import base_new_split, few_shot_indices, harmonic_mean, hold_out
 from cdc_models.data.published import BASE_TO_NEW, IMAGENET_VARIANTS, Published, find_published
 from cdc_models.data.scenes import compose_scenes
+from cdc_models.data.tar_shards import TarImages
 from cdc_models.data.transforms import VIEWS, Views, test_transform, train_transform
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ImageSet",
     "Published",
     "SkippedImage",
+    "TarImages",
     "Views",
     "base_new_split",
     "compose_scenes",

@@ -36,7 +36,6 @@ __all__ = ["TASKS", "EmojiBenchmark", "ImageSet", "emoji_benchmark"]
 
 TASKS = ("artist", "transfer")
 SIZE = 48
-HARDNESS = 1.0
 
 
 class ImageSet(Dataset[tuple[Any, int]]):
@@ -116,6 +115,7 @@ def emoji_benchmark(
     shots: int = 16,
     val_shots: int = 4,
     test_per_class: int = 16,
+    hardness: float = 1.0,
 ) -> EmojiBenchmark:
     """One split of the bundled benchmark.
 
@@ -125,9 +125,11 @@ def emoji_benchmark(
         task: "artist" (shots by the target artist) or "transfer" (shots by the two other unseen artists).
         partition: "test" (reported) or "validation" (to choose hyper-parameters on).
         shots, val_shots, test_per_class: images per class.
+        hardness: of the scenes, see `compose_scenes`; the benchmark's own is 1, chosen on the validation splits
+            (benches/hardness.py).
 
     Raises:
-        ValueError: for an unknown task, partition or split, or counts below one.
+        ValueError: for an unknown task, partition or split, counts below one, or a hardness outside [0, 1].
 
     Example:
         >>> data = emoji_benchmark(split=0, seed=1, shots=2, test_per_class=1)
@@ -165,7 +167,7 @@ def emoji_benchmark(
         order = torch.randperm(len(members), generator=generator)  # distractors come from neighbours in the batch
         drawn = torch.empty(len(members), 3, SIZE, SIZE, dtype=torch.uint8)
         for rows in order.split(256):
-            images = compose_scenes(sprites[rows], size=SIZE, hardness=HARDNESS, generator=generator)
+            images = compose_scenes(sprites[rows], size=SIZE, hardness=hardness, generator=generator)
             drawn[rows] = (images * 255).round().to(torch.uint8)
         return ImageSet(drawn, torch.tensor([k for k, _ in members]), classes)
 

@@ -40,13 +40,15 @@ class ImageLoader:
         drop_last: leave out a last batch that is not full, unless it is the only one, as the published training
             loaders do.
         pin_memory: for faster copies to a GPU.
+        part: (r, n) gives process r of n its share of every batch, also of the last: the shares of all processes are
+            the batches of one process, in order. A share may be empty, and is given as tensors of no elements.
 
     Attributes:
         report: the images skipped so far. generator: where a seeded loader draws from; else None.
 
     Raises:
-        ValueError: for a batch size or a number of workers out of range.
-        DatasetError: during a pass, if not one of its images can be read.
+        ValueError: for a batch size, a number of workers or a part out of range.
+        DatasetError: during a pass, if not one of its images can be read and there are no other processes.
 
     Example:
         >>> images = torch.zeros(5, 3, 8, 8)
@@ -64,9 +66,13 @@ class ImageLoader:
         num_workers: int = 0,
         drop_last: bool = False,
         pin_memory: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"batch_size, num_workers: expected at least 1 and 0, got {batch_size}, {num_workers}")
+        if not 0 <= part[0] < part[1]:
+            raise ValueError(f"part: expected (r, n) with 0 <= r < n, got {part}")
+        self.part = part
         self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.report = ImageReport(len(cast(Sized, dataset)))
@@ -88,14 +94,16 @@ class ImageLoader:
     def _batches(self, order: Sequence[int], draw: int | None) -> Iterator[Batch]:
         nothing = True
         for batch, skipped in read_batches(
-            self.dataset, order, self.batch_size, self.num_workers, draw, self.drop_last, self.pin_memory
+            self.dataset, order, self.batch_size, self.num_workers, draw, self.drop_last, self.pin_memory, self.part
         ):
             for image in skipped:
                 self.report.add(image)
             if batch is not None:
                 nothing = False
                 yield batch
-        if nothing and len(self.report.skipped) == self.report.total > 0:
+            elif self.part[1] > 1:  # others may have something of this batch, and wait
+                yield torch.empty(0), torch.empty(0, dtype=torch.int64)
+        if nothing and self.part[1] == 1 and len(self.report.skipped) == self.report.total > 0:
             raise DatasetError(f"no image can be read: {self.report}; the first is {self.report.skipped[0]}")
 
 
@@ -138,18 +146,21 @@ def read_batches(
     draw: int | None = None,
     drop_last: bool = False,
     pin_memory: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> DataLoader[Any]:
     """Pairs of a batch (None if nothing of it can be read) and what was skipped of it, in order.
 
     draw: seeds the transforms together with each item's index; None: they draw from torch's generator.
+    part: (r, n): of each batch, only share r of n.
     """
+    rank, count = part
+    starts = range(0, len(order) - (batch_size - 1 if drop_last else 0), batch_size)
+    batches = [list(order[start : start + batch_size]) for start in starts]
     return DataLoader(
         _Readable(dataset, draw),
-        batch_size,
-        sampler=order,
+        batch_sampler=[b[len(b) * rank // count : len(b) * (rank + 1) // count] for b in batches],
         num_workers=num_workers,
         collate_fn=_collate,
-        drop_last=drop_last,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),  # it seeds workers; without one, torch's own would be drawn from
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cdc_models.data.listing import DatasetError, inside, look
 from cdc_models.data.tables import COLUMNS, PICTURES, TABLES, csv_rows, parquet_rows
+from cdc_models.data.tar_shards import expand_braces
 
 __all__ = ["image_paths"]
 
@@ -20,6 +21,9 @@ def image_paths(source: str | os.PathLike[str], root: str | os.PathLike[str] | N
     - a .txt file: a path a line; relative ones start at `root`, by default where the program was started.
     - a .csv, .tsv or .parquet file: its column "path" (or "file", "image", ...); relative paths start at `root`, by
       default the file's folder, and none may leave it.
+    - a .tar file, or a pattern of them such as "shards-{000..099}.tar": these files themselves.
+
+    A .tar file, given so or met among the others, stands for the images within, see `TarImages`.
 
     Raises:
         DatasetError: for a source that is not there, cannot be read, or has no column of paths; for a table's path
@@ -34,6 +38,8 @@ def image_paths(source: str | os.PathLike[str], root: str | os.PathLike[str] | N
         ['a.png', 'b.png']
     """
     source = Path(source)
+    if source.suffix.lower() == ".tar" and not source.is_dir():
+        return _of_pattern(os.fspath(source))
     if source.is_dir():
         return _below(source)
     if not source.is_file():
@@ -41,7 +47,9 @@ def image_paths(source: str | os.PathLike[str], root: str | os.PathLike[str] | N
     if source.suffix.lower() == ".txt":
         return _of_list(source, None if root is None else Path(root))
     if source.suffix.lower() not in TABLES:
-        raise DatasetError(f"images: {source}: expected a folder, a .txt list, or a table that ends in {TABLES}")
+        raise DatasetError(
+            f"images: {source}: expected a folder, a .txt list, .tar files, or a table that ends in {TABLES}"
+        )
     return _of_table(source, Path(source.parent if root is None else root))
 
 
@@ -57,6 +65,14 @@ def _below(folder: Path) -> Iterator[str]:
         folders, files = look(Path(here))
         yield from (os.path.join(here, name) for name in files)
         waiting += [os.path.join(here, name) for name in reversed(folders)]
+
+
+def _of_pattern(pattern: str) -> Iterator[str]:
+    files = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
+    if missing := [file for file in files if not os.path.exists(file)]:
+        told = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise DatasetError(f"images: {pattern}: {len(missing)} of {len(files)} files are not there: {told}")
+    return iter(files)
 
 
 def _of_list(file: Path, root: Path | None) -> Iterator[str]:

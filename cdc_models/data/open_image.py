@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
@@ -10,7 +11,7 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["MAX_PIXELS", "REASONS", "BadImageError", "open_image", "to_rgb"]
+__all__ = ["MAX_PIXELS", "REASONS", "BadImageError", "decode_image", "open_image", "to_rgb"]
 
 MAX_PIXELS = 90_000_000
 """Most pixels that are decoded: above, a JPEG is decoded at a half, a quarter or an eighth, anything else refused."""
@@ -85,10 +86,32 @@ def open_image(path: str | os.PathLike[str], *, orient: bool = True, max_pixels:
         raise BadImageError(name, "unreadable", "a folder" if stat.S_ISDIR(status.st_mode) else "no plain file")
     if status.st_size == 0:
         raise BadImageError(name, "not an image", "an empty file")
+    return _decode(name, name, status.st_size, orient, max_pixels)
+
+
+def decode_image(data: bytes, name: str, *, orient: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the bytes of an image file, as `open_image` does; `name` is only what errors call it.
+
+    Raises:
+        BadImageError: for whatever keeps the bytes from being an image.
+
+    Example:
+        >>> try:
+        ...     decode_image(b"no image", "a.jpg")
+        ... except BadImageError as error:
+        ...     print(error)
+        a.jpg: not an image (8 bytes of no known format)
+    """
+    if not data:
+        raise BadImageError(name, "not an image", "an empty file")
+    return _decode(name, io.BytesIO(data), len(data), orient, max_pixels)
+
+
+def _decode(name: str, source: str | io.BytesIO, size: int, orient: bool, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is told by BadImageError, once
-            with Image.open(name, formats=_formats()) as opened:
+            with Image.open(source, formats=_formats()) as opened:
                 _check_size(name, opened, max_pixels)
                 opened.load()  # of several frames the first: it is the one that is open
                 if orient:
@@ -97,7 +120,7 @@ def open_image(path: str | os.PathLike[str], *, orient: bool = True, max_pixels:
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(name, "not an image", f"{status.st_size} bytes of no known format") from error
+        raise BadImageError(name, "not an image", f"{size} bytes of no known format") from error
     except Image.DecompressionBombError as error:
         raise BadImageError(name, "too large", "more than twice PIL.Image.MAX_IMAGE_PIXELS") from error
     except MemoryError as error:

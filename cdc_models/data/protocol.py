@@ -6,6 +6,8 @@ import random
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
+from cdc_ops import checks
+
 __all__ = ["base_new_split", "few_shot_indices", "harmonic_mean", "hold_out"]
 
 Label = TypeVar("Label", bound=Hashable)
@@ -112,10 +114,16 @@ def _indices_by_label(labels: Sequence[Label]) -> dict[Label, list[int]]:
 
 
 def harmonic_mean(base: float, new: float) -> float:
-    """H of base and new accuracy; 0 if either is 0.
+    """H of base and new accuracy, both as parts or both in per cent; 0 if either is 0.
+
+    Raises:
+        ValueError: what is no number, or a negative one.
+
+    Source: the figure that CoCoOp (Zhou et al., CVPR 2022) and MaPLe report for base-to-new transfer.
 
     Example:
         >>> round(harmonic_mean(82.28, 75.14), 2)
         78.55
     """
-    return 0.0 if base <= 0 or new <= 0 else 2 * base * new / (base + new)
+    base, new = checks.number("base", base, low=0.0), checks.number("new", new, low=0.0)
+    return 0.0 if base == 0 or new == 0 else 2 * base * new / (base + new)

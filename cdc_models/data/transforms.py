@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from cdc_models.clip import ClipBackbone
+from cdc_models.clip.backbone import check_backbone
 from cdc_models.data.open_image import to_rgb
 
 __all__ = ["VIEWS", "Views", "test_transform", "train_transform"]
@@ -45,8 +46,22 @@ def train_transform(
         of other modes become RGB by the rules of `open_image` (alpha on white, 16 bits / 257). Other tensors than
         of three channels are a ValueError: whether one channel is grey is for the caller to say.
 
+    Raises:
+        ValueError: no backbone, a scale that is no part, and (of the transform) tensors that are not of three channels.
+        UnsupportedBackboneError: a backbone for images that are not square.
+
     Source: CoOp (Zhou et al., IJCV 2022), published configuration.
+
+    Example:
+        >>> from PIL import Image
+        >>> from cdc_models import load_clip
+        >>> transform = train_transform(load_clip("bundled"), scale=(0.5, 1.0))
+        >>> transform(Image.new("L", (100, 60))).shape  # grey, of any size
+        torch.Size([3, 48, 48])
     """
+    check_backbone(backbone)
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale: expected 0 < low <= high <= 1, got {scale}")
     size = backbone.image_size
     return v2.Compose(
         [
@@ -64,7 +79,20 @@ def test_transform(backbone: ClipBackbone) -> v2.Transform:
     """CoOp's test transform: shorter side to size (bicubic), centre crop, CLIP's mean and deviation.
 
     Takes what `train_transform`'s takes.
+
+    Raises:
+        ValueError, UnsupportedBackboneError: as `train_transform`.
+
+    Source: CoOp (Zhou et al., IJCV 2022), published configuration.
+
+    Example:
+        >>> from PIL import Image
+        >>> from cdc_models import load_clip
+        >>> transform = test_transform(load_clip("bundled"))
+        >>> transform(Image.new("RGB", (100, 60))).shape
+        torch.Size([3, 48, 48])
     """
+    check_backbone(backbone)
     size = backbone.image_size
     return v2.Compose(
         [
@@ -104,7 +132,7 @@ class Views(nn.Module):
         mean, std: what the images were normalised with; augmentations act on images in [0, 1].
 
     Raises:
-        ValueError: for an unknown augmentation or none at all.
+        ValueError: for an unknown augmentation or none at all, or not three channels.
 
     Source: CDC (Zhang et al., NeurIPS 2024), visual side of VSD.
 
@@ -119,11 +147,13 @@ class Views(nn.Module):
 
     def __init__(self, names: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if isinstance(names, str) or not names:
+        if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"names: expected a non-empty sequence of augmentations, got {names!r}")
         unknown = sorted({part for name in names for part in name.split("+")} - set(VIEWS))
         if unknown:
             raise ValueError(f"names: unknown augmentations {unknown}; known are {sorted(VIEWS)}")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean, std: expected three numbers each, deviations above 0, got {mean}, {std}")
         self.names = tuple(names)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)

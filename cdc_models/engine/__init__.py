@@ -1,6 +1,6 @@
 """Training, calibration, evaluation and adapter files."""
 
-from cdc_models.engine.adapters import adapter_info, load_adapter, save_adapter
+from cdc_models.engine.adapters import adapter_info, load_adapter, push_adapter, save_adapter
 from cdc_models.engine.calibrate import calibrate
 from cdc_models.engine.checkpoint import CheckpointError
 from cdc_models.engine.evaluate import Evaluation, Features, evaluate, extract_features
@@ -22,5 +22,6 @@ __all__ = [
     "fit",
     "learning_rate",
     "load_adapter",
+    "push_adapter",
     "save_adapter",
 ]

@@ -6,19 +6,27 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from cdc_models.clip import ClipBackbone
+from cdc_models.clip.backbone import check_backbone
+from cdc_models.engine import hub
+from cdc_models.engine.checks import check_method
 from cdc_models.engine.files import read_tensors, write_tensors
+from cdc_models.engine.model_card import model_card
 from cdc_models.methods import METHODS
 from cdc_models.methods.base import Method
 from cdc_models.provenance import library_version
+from cdc_ops.checks import LARGEST
 
-__all__ = ["AdapterError", "adapter_info", "load_adapter", "save_adapter"]
+__all__ = ["AdapterError", "adapter_info", "load_adapter", "push_adapter", "save_adapter"]
 
 FORMAT = 1
+IN_REPOSITORY = "adapter.safetensors"
+"""Name of an adapter in a model hub repository."""
 
 
 class AdapterError(ValueError):
@@ -31,6 +39,18 @@ def _learned_state(model: Method) -> dict[str, torch.Tensor]:
 
 def _kinds(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     return {n: f"{list(t.shape)} {t.dtype}" for n, t in sorted(tensors.items())}
+
+
+def _unusable_values(tensors: dict[str, torch.Tensor]) -> str | None:
+    """What no training leaves behind: values that are not finite, a temperature or a scale of evidence out of range."""
+    if bad := [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]:
+        return f"values that are not finite in {', '.join(bad)}"
+    positive = {name: tensors[name] for name in ("temperature",) if name in tensors}
+    positive |= {name: tensors[name].exp() for name in ("head.log_scale",) if name in tensors}
+    for name, t in positive.items():
+        if not bool(((t >= 1 / LARGEST) & (t <= LARGEST)).all()):
+            return f"{name} must stand for numbers between 2^-100 and 2^100, got {t.tolist()}"
+    return None
 
 
 def _check_sizes(options: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -56,9 +76,26 @@ def save_adapter(model: Method, path: str | os.PathLike[str], summary: dict[str,
         The path written.
 
     Raises:
+        ValueError: values that are not finite, or a summary that JSON does not hold.
         OSError: if the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from cdc_models import CoOp, load_clip, save_adapter
+        >>> model = CoOp(load_clip("bundled"), ["cat", "dog"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, f"{folder}/pets.safetensors", {"epochs": 0}).name
+        'pets.safetensors'
     """
+    check_method(model)
+    state = _learned_state(model)
+    if wrong := _unusable_values(state):
+        raise ValueError(f"model: {wrong}; nothing was written")
     path = Path(path)
+    try:
+        told = json.dumps(summary or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"summary: expected what JSON holds, got {summary!r:.80}: {error}") from error
     metadata = {
         "format": str(FORMAT),
         "library": f"cdc-ops {library_version()}",
@@ -67,23 +104,35 @@ def save_adapter(model: Method, path: str | os.PathLike[str], summary: dict[str,
         "backbone": json.dumps({"name": model.backbone.name, "pretrained": model.backbone.pretrained}),
         "fingerprint": model.backbone.fingerprint,
         "classes": json.dumps(list(model.class_names)),
-        "summary": json.dumps(summary or {}),
+        "summary": told,
     }
-    write_tensors(path, _learned_state(model), metadata)
+    write_tensors(path, state, metadata)
     return path
 
 
 def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What an adapter file says of itself, without a backbone.
 
+    Args:
+        path: file, or hub repository, as for `load_adapter`.
+
     Returns:
         "method", "options", "classes", "backbone" ({"name", "pretrained"}, as `load_clip` takes them) and "summary".
 
     Raises:
         FileNotFoundError: no such file.
-        AdapterError: not an adapter, or damaged.
+        AdapterError: not an adapter, or damaged (a ValueError).
+
+    Example:
+        >>> import tempfile
+        >>> from cdc_models import CoOp, load_clip, save_adapter
+        >>> model = CoOp(load_clip("bundled"), ["cat", "dog"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     info = adapter_info(save_adapter(model, f"{folder}/pets.safetensors", {"epochs": 0}))
+        >>> info["method"], info["classes"], info["backbone"]["name"], info["summary"]
+        ('coop', ['cat', 'dog'], 'bundled', {'epochs': 0})
     """
-    _, metadata = _read(Path(path))
+    _, metadata = _read(hub.local_file(path, IN_REPOSITORY))
     try:
         parts = {name: json.loads(metadata[name]) for name in ("options", "classes", "backbone", "summary")}
         name, pretrained = parts["backbone"]["name"], parts["backbone"]["pretrained"]
@@ -116,15 +165,30 @@ def load_adapter(
     """Read an adapter onto the backbone it was trained on.
 
     Args:
-        path: file written by `save_adapter`.
+        path: file written by `save_adapter`; or a hub repository that `push_adapter` has written to,
+            "hf-hub:owner/name" or "hf-hub:owner/name@revision".
         backbone: the same architecture and weights; checked by hash.
         class_names: other classes to use the learned prompts for; None takes those it was trained on.
 
     Raises:
         FileNotFoundError: no such file.
-        AdapterError: not an adapter, damaged, of an unknown method, for another backbone or other tensors.
+        AdapterError: not an adapter, damaged, of an unknown method, for another backbone or other tensors, or with
+            values out of range (a ValueError).
+        OSError: a repository that is not there or cannot be reached.
+        ValueError: no backbone, or class names that are empty, duplicate or too long.
+
+    Example:
+        >>> import tempfile
+        >>> from cdc_models import CoOp, load_adapter, load_clip, save_adapter
+        >>> backbone = load_clip("bundled")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_adapter(CoOp(backbone, ["cat", "dog"]), f"{folder}/pets.safetensors")
+        ...     model = load_adapter(path, backbone, ["cow", "horse"])
+        >>> type(model).__name__, model.class_names
+        ('CoOp', ('cow', 'horse'))
     """
-    path = Path(path)
+    check_backbone(backbone)
+    path = hub.local_file(path, IN_REPOSITORY)
     tensors, metadata = _read(path)
     if metadata["method"] not in METHODS:
         raise AdapterError(f"{path} is for method {metadata['method']!r}; known are {sorted(METHODS)}")
@@ -147,8 +211,45 @@ def load_adapter(
     wanted, found = _kinds(expected), _kinds(tensors)
     if wanted != found:
         raise AdapterError(f"{path} holds tensors {found}, its options ask for {wanted}")
-    if bad := [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]:
-        raise AdapterError(f"{path} holds values that are not finite in {', '.join(bad)}")
+    if wrong := _unusable_values(tensors):
+        raise AdapterError(f"{path}: {wrong}")
     model.load_state_dict(tensors, strict=False)
     model = model.to(backbone.device).eval()
     return model if class_names is None else model.with_classes(class_names)
+
+
+def push_adapter(
+    model: Method,
+    repository: str,
+    summary: dict[str, Any] | None = None,
+    *,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Write an adapter into a model hub repository, with a page (README.md) that says what it is and how to load it.
+
+    Needs huggingface_hub, and its login or a token. Nothing but these two files is sent, in one commit; the page is
+    written anew. As in every adapter file, the metadata has the name of the backbone's weights as `load_clip` was given
+    it, be it a path of this machine.
+
+    Args:
+        model: a trained method.
+        repository: "owner/name"; made if it is not there.
+        summary: as for `save_adapter`; it is public where the repository is.
+        private: of a repository that is made now.
+        token: of the hub; None: that of `hf auth login`.
+
+    Returns:
+        The address that `load_adapter` and `cdc predict --adapter` take.
+
+    Raises:
+        ValueError: for a name that no repository can have. OSError: if the hub refuses or cannot be reached.
+        ImportError: without huggingface_hub.
+    """
+    full = hub.create(repository, private, token)
+    address = f"{hub.PREFIX}{full}"
+    with TemporaryDirectory() as folder:
+        save_adapter(model, Path(folder) / IN_REPOSITORY, summary)
+        (Path(folder) / "README.md").write_text(model_card(model, address, summary), encoding="utf-8")
+        hub.upload(full, Path(folder), f"Adapter of the method {model.name}", token)
+    return address

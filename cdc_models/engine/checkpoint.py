@@ -2,7 +2,7 @@
 
 A checkpoint holds what was learned, the optimiser's state, the random states, and the place in the data: which epoch,
 and how many of its batches are done. The order of an epoch's batches is not stored but drawn again, from the random
-states of its beginning.
+states of its beginning. Of several processes the random states of each are there, and the first one writes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cdc_models import processes
 from cdc_models.engine.files import read_tensors, write_tensors
 from cdc_models.methods.base import Method
 
 __all__ = ["Checkpoint", "CheckpointError", "Position", "Randomness"]
 
-FORMAT = 2
+FORMAT = 3
 
 
 class CheckpointError(ValueError):
@@ -168,15 +169,21 @@ class Checkpoint:
         """Write the run as it stands; `epoch_start`: the random states before the epoch's first batch was drawn.
 
         Raises:
-            OSError: if it cannot be written; an earlier checkpoint is untouched.
+            OSError: if it cannot be written; an earlier checkpoint is untouched. FirstFailed: in other processes, then.
         """
+        states = {f"now.{name}": state for name, state in self.randomness.read().items()}
+        states |= {f"epoch_start.{name}": state for name, state in epoch_start.items()}
+        everyone = processes.gather_tensors(states)
+        processes.on_first(lambda: self._write(position, everyone))
+
+    def _write(self, position: Position, everyone: list[dict[str, Tensor]]) -> None:
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.model.learned_parameters().items()}
         for name, p in self.model.learned_parameters().items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{key}.{name}"] = value
-        tensors |= {f"now.{name}": state for name, state in self.randomness.read().items()}
-        tensors |= {f"epoch_start.{name}": state for name, state in epoch_start.items()}
+        for rank, states in enumerate(everyone):
+            tensors |= {_of_process(rank) + name: state for name, state in states.items()}
         metadata = {
             "run": json.dumps(self.run),
             "position": json.dumps(asdict(position)),
@@ -212,12 +219,14 @@ class Checkpoint:
         def states(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-        epoch_start, now = states("epoch_start."), states("now.")
+        own, count = processes.part()
+        epoch_start, now = states(f"{_of_process(own)}epoch_start."), states(f"{_of_process(own)}now.")
         try:
             wanted: dict[str, Tensor] = {f"model.{name}": p for name, p in learned.items()}
             # SGD keeps tensors like the parameter they are of
             wanted |= {name: learned[name.split(".", 2)[2]] for name in optimizer_names}
-            wanted |= {n: t for n, t in tensors.items() if n.startswith(("epoch_start.", "now."))}
+            of_all = tuple(_of_process(rank) + kind for rank in range(count) for kind in ("epoch_start.", "now."))
+            wanted |= {n: t for n, t in tensors.items() if n.startswith(of_all)}
             _check_like(tensors, wanted)
             self.randomness.check(epoch_start)
             self.randomness.check(now)
@@ -238,6 +247,11 @@ class Checkpoint:
         return CheckpointError(
             f"checkpoint: {self.path} cannot be used: {error}; delete it to start over, or give another path"
         )
+
+
+def _of_process(rank: int) -> str:
+    """What the names of a process's random states begin with."""
+    return f"process{rank}." if rank else ""
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> str:

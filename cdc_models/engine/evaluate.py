@@ -11,6 +11,8 @@ from rich.progress import track
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
+from cdc_models import processes
+from cdc_models.engine.checks import check_loader, check_method, pair_of
 from cdc_models.methods.base import Method, as_targets
 
 __all__ = ["Evaluation", "Features", "area_under_risk_coverage", "evaluate", "extract_features"]
@@ -101,18 +103,78 @@ def extract_features(model: Method, loader: Labelled, *, progress: bool = True, 
 
     They stay valid for the same image prompts: after `calibrate`, and for `with_classes`.
 
+    In a process group, a loader with a `part`, such as `ImageLoader(..., part=processes.part())`, is read by all
+    processes together, and each has the features of all images in the order of one process. A loader without is taken
+    to be everything, and every process reads it.
+
+    Args:
+        model: any method.
+        loader: yields (images [B, 3, H, W], targets [B]); or features, which are checked and brought to the device of
+            the method's backbone.
+        progress: show a progress bar.
+        what: what the progress bar and errors call the images.
+
     Raises:
-        ValueError: for an empty loader.
+        ValueError: for an empty loader, batches that are not (images, targets), images that do not fit the backbone,
+            features of another shape, dtype or number of targets, or not finite, or a part of another number of
+            processes.
+
+    Example:
+        >>> from cdc_models import ZeroShot, load_clip
+        >>> model = ZeroShot(load_clip("bundled"), ["cat", "dog"])
+        >>> features = extract_features(model, [(torch.zeros(2, 3, 48, 48), torch.tensor([0, 1]))], progress=False)
+        >>> features.image.shape, features.targets
+        (torch.Size([2, 128]), tensor([0, 1]))
     """
+    check_method(model)
     if isinstance(loader, Features):
-        return loader
+        return _checked(model, loader, what)
+    check_loader(loader)
     model.eval()
     total = len(loader) if isinstance(loader, Sized) else None
+    progress = progress and processes.is_first()
     batches = track(loader, f"reading {what}", total=total, transient=True) if progress else loader
-    pairs = [(model.image_features(x.to(model.backbone.device)).float(), torch.as_tensor(y)) for x, y in batches]
+    device, (rank, count), parts = model.backbone.device, processes.part(), getattr(loader, "part", (0, 1))
+    if count > 1 and parts not in ((0, 1), (rank, count)):
+        raise ValueError(f"loader: expected one of everything or of part {(rank, count)}, got part {parts}")
+    pairs, sizes = [], []
+    for x, y in map(pair_of, batches):
+        sizes.append(len(y))
+        if len(x) or parts[1] == 1:  # else this process has no image of a batch that others have
+            pairs.append((model.image_features(x.to(device)).float(), y))
+    if count > 1 and parts[1] > 1:
+        pairs = _of_everyone(pairs, sizes, device)
     if not pairs:
         raise ValueError(f"loader: expected at least one batch of {what}, got none")
-    return Features(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
+    return _checked(model, Features(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])), what)
+
+
+def _checked(model: Method, features: Features, what: str) -> Features:
+    """The features on the device of the method's backbone, or one clear sentence for what are none."""
+    image = features.image
+    if isinstance(image, Tensor):
+        if len(image) == 0:
+            raise ValueError(f"loader: expected features of at least one of the {what}, got {list(image.shape)}")
+        image = image.to(model.backbone.device)
+    model.check_features(image)
+    return Features(image.float(), features.targets)
+
+
+def _of_everyone(
+    pairs: list[tuple[Tensor, Tensor]], sizes: list[int], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """The shares that all processes have of each batch, in the order of the images; `sizes`: of this process's."""
+    message = {"sizes": torch.tensor(sizes, dtype=torch.int64)}
+    if pairs:
+        message |= {"image": torch.cat([x for x, _ in pairs]), "targets": torch.cat([y for _, y in pairs])}
+    turns = []
+    for theirs in processes.gather_tensors(message):
+        sizes = theirs["sizes"].tolist()
+        if "image" in theirs:
+            turns.append(
+                list(zip(theirs["image"].to(device).split(sizes), theirs["targets"].split(sizes), strict=True))
+            )
+    return [share for batch in zip(*turns, strict=True) for share in batch]
 
 
 @torch.no_grad()
@@ -120,7 +182,9 @@ def _predict_all(model: Method, features: Features, batch: int = 1024) -> tuple[
     """Probabilities [N, K] and uncertainty [N], on the CPU."""
     text = model.cached_text_features()
     said = [model.predict_features(x, text) for x in features.image.split(batch)]
-    return torch.cat([p.prob.float().cpu() for p in said]), torch.cat([p.uncertainty.float().cpu() for p in said])
+    # A probability of 1 may come out a rounding step larger, and torchmetrics takes anything above 1 for logits.
+    prob = torch.cat([p.prob.float().cpu() for p in said]).clamp(0, 1)
+    return prob, torch.cat([p.uncertainty.float().cpu() for p in said])
 
 
 def _auroc(known: Tensor, unknown: Tensor) -> float:
@@ -140,17 +204,32 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a method on labelled images and, if given, its reaction to images of unknown classes.
 
+    Several processes may share the images, see `extract_features`: then each returns the figures of all of them.
+
     Args:
         model: a method over the classes that the targets count.
         loader: yields (images [B, 3, H, W], targets [B]); or features from `extract_features`.
-        unknown: likewise, images of none of the model's classes; their targets are not looked at.
+        unknown: likewise, images of none of the model's classes; their targets may be any numbers.
         progress: show progress bars.
 
     Raises:
-        ValueError: for an empty loader, or targets that are not integers in [0, K), one for each image.
+        ValueError: for what `extract_features` refuses, or targets that are not integers in [0, K), one for each image.
+
+    Base-to-new: evaluate base and new classes each for themselves; `harmonic_mean` of the two accuracies is their H.
+
+    Example:
+        >>> from cdc_models import ZeroShot, evaluate, harmonic_mean, load_clip
+        >>> model = ZeroShot(load_clip("bundled"), ["cat", "dog"])
+        >>> images = torch.randn(8, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+        >>> base_loader, new_loader = ([(part, torch.tensor([0, 1, 0, 1]))] for part in images.split(4))
+        >>> base = evaluate(model, base_loader, unknown=new_loader, progress=False)
+        >>> new = evaluate(model.with_classes(["cow", "horse"]), new_loader, progress=False)
+        >>> base.count, 0 <= base.unknown_auroc <= 1, new.unknown_auroc
+        (4, True, None)
+        >>> 0 <= harmonic_mean(base.accuracy, new.accuracy) <= 1
+        True
     """
     started = time.perf_counter()
-    model.eval()
     features = extract_features(model, loader, progress=progress, what="images of known classes")
     prob, uncertainty = _predict_all(model, features)
     targets = as_targets(features.image, features.targets).cpu()

@@ -16,14 +16,17 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cdc_models.clip.checks import check_count
 from cdc_models.data.image_list import ImageList
 from cdc_models.data.image_loader import read_batches
 from cdc_models.data.image_report import ImageReport, SkippedImage
 from cdc_models.data.listing import DatasetError
 from cdc_models.data.transforms import Views
+from cdc_models.engine.checks import check_method
 from cdc_models.engine.evaluate import Features
 from cdc_models.engine.files import read_tensors, write_tensors
 from cdc_models.methods.base import Method
+from cdc_models.methods.options import check_seed
 
 __all__ = ["CachedFeatures", "FeatureLoader", "cache_features"]
 
@@ -52,7 +55,9 @@ class CachedFeatures:
     damaged: tuple[str, ...] = ()
 
     def features(self, draw: int = 0) -> Features:
-        """One draw, for `evaluate` and `calibrate`."""
+        """One draw, for `evaluate` and `calibrate`. Raises ValueError for one that there is not."""
+        if isinstance(draw, bool) or not isinstance(draw, int) or not 0 <= draw < len(self.image):
+            raise ValueError(f"draw: expected a whole number in [0, {len(self.image)}), got {draw!r}")
         return Features(self.image[draw], self.targets)
 
 
@@ -62,7 +67,7 @@ class FeatureLoader:
     Order and draws follow from the state of `generator`, so that checkpoints of `fit` resume to the same bits.
 
     Raises:
-        ValueError: for a batch size below 1.
+        ValueError: for what `cache_features` did not give, a batch size below 1, or what is no seed.
 
     Example:
         >>> cached = CachedFeatures(torch.zeros(2, 5, 8), torch.zeros(5, dtype=torch.long), ImageReport(5), 0)
@@ -71,8 +76,10 @@ class FeatureLoader:
     """
 
     def __init__(self, cached: CachedFeatures, batch_size: int, seed: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if not isinstance(cached, CachedFeatures):
+            raise ValueError(f"cached: expected what cache_features gives, got {type(cached).__name__}")
+        check_count("batch_size", batch_size)
+        check_seed(seed)
         self.cached, self.batch_size = cached, batch_size
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -124,15 +131,36 @@ def cache_features(
         ValueError: for a method whose image side learns, a list that is empty or without transform, counts below 1.
         DatasetError: if not one image can be read.
         OSError: if the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from cdc_models import ZeroShot, load_clip
+        >>> from cdc_models.data import test_transform
+        >>> model = ZeroShot(load_clip("bundled"), ["dusk", "dawn"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("blue", "orange"):
+        ...         Image.new("RGB", (60, 60), name).save(Path(folder, f"{name}.png"))
+        ...     images = ImageList(folder, [("blue.png", 0), ("orange.png", 1)], ["dusk", "dawn"])
+        ...     images = images.with_transform(test_transform(model.backbone))
+        ...     first, second = (cache_features(model, images, Path(folder, "cache"), progress=False) for _ in range(2))
+        >>> first.image.shape, first.computed, second.computed
+        (torch.Size([1, 2, 128]), 1, 0)
     """
+    check_method(model)
     if not model.frozen_image:
         raise ValueError(f"model: {type(model).__name__} learns on its image side; its features change at every step")
+    if not isinstance(images, ImageList):
+        raise ValueError(f"images: expected an ImageList, got {type(images).__name__}")
     if images.transform is None:
         raise ValueError(
             "images: expected a list with a transform, such as images.with_transform(test_transform(clip))"
         )
-    if min(draws, batch_size, shard) < 1:
-        raise ValueError(f"draws, batch_size, shard: expected at least 1, got {draws}, {batch_size}, {shard}")
+    for argument, count in (("draws", draws), ("batch_size", batch_size), ("shard", shard)):
+        check_count(argument, count)
+    check_count("num_workers", num_workers, low=0)
+    check_seed(seed)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     report = ImageReport(len(images))

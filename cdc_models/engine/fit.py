@@ -9,16 +9,22 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from cdc_models import processes
+from cdc_models.clip.checks import check_count
 from cdc_models.engine.checkpoint import Checkpoint, Position, Randomness
+from cdc_models.engine.checks import check_loader, check_method, pair_of
 from cdc_models.methods.base import Method
+from cdc_models.methods.options import check_seed
+from cdc_ops import checks
 
 __all__ = ["FitResult", "fit", "learning_rate"]
 
@@ -45,12 +51,17 @@ def learning_rate(epoch: int, epochs: int, lr: float, warmup_epochs: int = 1, wa
 
     ``lr(e) = lr / 2 (1 + cos(pi (e - warmup) / T))`` for e >= warmup, with T = epochs.
 
+    Raises:
+        ValueError: a negative epoch, or none in all.
+
     Source: MaPLe's published schedule (one warm-up epoch at 1e-5).
 
     Example:
         >>> [round(learning_rate(e, 5, 0.0035), 5) for e in range(5)]
         [1e-05, 0.0035, 0.00317, 0.00229, 0.00121]
     """
+    check_count("epoch", epoch, low=0)
+    check_count("epochs", epochs)
     if epoch < warmup_epochs:
         return warmup_lr
     return 0.5 * lr * (1 + math.cos(math.pi * (epoch - warmup_epochs) / epochs))
@@ -83,43 +94,73 @@ def fit(
     draw its order from torch's global generator, from its own `generator` or its sampler's, as a DataLoader does;
     batches of a half-finished epoch are read again and skipped.
 
+    In a process group (torchrun and `processes.joined`, or your own) all processes make the same call, each with a
+    loader of its share of every batch, such as `ImageLoader(..., part=processes.part())`. Parameters start as the first
+    process's; a step is that of one process on all shares, since gradients are averaged over images. The first process
+    writes the checkpoint, which every process must be able to read, and shows the progress; a run goes on with as many
+    processes as it had. Ctrl-C in one process stops all after the same step.
+
     Args:
         model: a method with something to learn.
         loader: yields (images [B, 3, H, W], targets [B]), once through per epoch.
         epochs: passes over the loader; 0 leaves the model as it is.
         lr, momentum, weight_decay: of SGD.
         warmup_epochs, warmup_lr: see `learning_rate`.
-        seed: of torch's global generator, which augmentations draw from; the loader's own shuffling is seeded by
-            its generator.
+        seed: of torch's global generator, which augmentations draw from, differently in each process; the loader's
+            own shuffling is seeded by its generator, which must be the same in all.
         autocast: run forward passes in this dtype (`torch.bfloat16`); learned parameters stay float32.
         checkpoint: file of the run's state, read if it is there, written after every epoch; its folder must exist.
         checkpoint_every: write it also after every so many steps; 0: only after epochs.
         progress: show a progress bar.
-        on_epoch: called after each epoch with its number and mean loss.
+        on_epoch: called after each epoch with its number and mean loss, in every process.
 
     Returns:
         FitResult.
 
     Raises:
-        ValueError: for settings out of range, a model with nothing to learn, a loader that gives no batch, or a loss
-            that is not finite (the message says at which step; no checkpoint of it is written).
+        ValueError: for settings out of range or of another type, a model with nothing to learn, a loader that gives no
+            batch, images or targets that `Method.loss` refuses, or a loss that is not finite (the message says at which
+            step; no checkpoint of it is written).
         CheckpointError: a checkpoint that is damaged or belongs to another run (a ValueError).
         OSError: a checkpoint that cannot be written; found out before the first step, and an earlier one is kept.
+            FirstFailed in the other processes.
+
+    Source: optimiser and schedule as CoOp (Zhou et al., IJCV 2022) and MaPLe (Khattak et al., CVPR 2023) publish them.
+
+    Example:
+        >>> import torch
+        >>> from cdc_models import CoOp, fit, load_clip
+        >>> model = CoOp(load_clip("bundled"), ["cat", "dog"])
+        >>> images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+        >>> loader = [(images[:2], torch.tensor([0, 1])), (images[2:], torch.tensor([1, 0]))]
+        >>> result = fit(model, loader, epochs=2, seed=0, progress=False)
+        >>> result.steps, len(result.losses), result.interrupted
+        (4, 2, False)
     """
-    if epochs < 0 or warmup_epochs < 0:
-        raise ValueError(f"epochs, warmup_epochs: expected numbers >= 0, got {epochs}, {warmup_epochs}")
-    if not (0 < lr < float("inf") and 0 <= momentum < 1 and weight_decay >= 0):
-        raise ValueError(
-            f"lr, momentum, weight_decay: expected lr > 0, 0 <= momentum < 1, weight_decay >= 0, "
-            f"got {lr}, {momentum}, {weight_decay}"
-        )
+    check_method(model)
+    check_loader(loader)
+    for argument, count in (
+        ("epochs", epochs),
+        ("warmup_epochs", warmup_epochs),
+        ("checkpoint_every", checkpoint_every),
+    ):
+        check_count(argument, count, low=0)
+    lr = checks.number("lr", lr, low=0.0, open_low=True)
+    momentum = checks.number("momentum", momentum, low=0.0)
+    if momentum >= 1:
+        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
+    weight_decay = checks.number("weight_decay", weight_decay, low=0.0)
+    warmup_lr = checks.number("warmup_lr", warmup_lr, low=0.0)
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast: expected torch.bfloat16, torch.float16 or None, got {autocast!r}")
+    if on_epoch is not None and not callable(on_epoch):
+        raise ValueError(f"on_epoch: expected a function of an epoch and its loss, or None, got {on_epoch!r:.80}")
     groups = model.parameter_groups(weight_decay)
     if not any(group["params"] for group in groups):
         raise ValueError(f"model: {type(model).__name__} has nothing to learn")
-    if checkpoint_every < 0:
-        raise ValueError(f"checkpoint_every: expected a number >= 0, got {checkpoint_every}")
     if seed is not None:
-        torch.manual_seed(seed)
+        check_seed(seed)
+        torch.manual_seed(seed + 1_000_003 * processes.part()[0])
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
     device, started = model.backbone.device, time.perf_counter()
     per_epoch = len(loader) if isinstance(loader, Sized) else None
@@ -129,19 +170,30 @@ def fit(
     position, now = Position(), None
     epoch_start = randomness.read()
     kept: Checkpoint | None = None
+    shared = {
+        "epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "seed": seed,
+        "warmup_epochs": warmup_epochs, "warmup_lr": warmup_lr, "autocast": str(autocast),
+        "processes": processes.part()[1],
+    }  # fmt: skip
+    data = {
+        "batches": per_epoch, "images": _length(getattr(loader, "dataset", None)),
+        "batch_size": getattr(loader, "batch_size", None),
+    }  # fmt: skip
+    _require_same({**shared, "checkpoint_every": checkpoint_every})
+    run = {**shared, **processes.gather_json(data)[0]}  # loaders may have shares of different length
+    parameters = list(model.learned_parameters().values())
+    processes.share_tensors(parameters)
     if checkpoint is not None:
-        run = {
-            "epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "seed": seed,
-            "warmup_epochs": warmup_epochs, "warmup_lr": warmup_lr, "autocast": str(autocast), "batches": per_epoch,
-            "images": _length(getattr(loader, "dataset", None)), "batch_size": getattr(loader, "batch_size", None),
-        }  # fmt: skip
         kept = Checkpoint(Path(checkpoint), model, optimizer, randomness, run)
         if (found := kept.load()) is not None:
             position, epoch_start, now = found
-        else:
-            kept.save(position, epoch_start)  # a folder that cannot be written is found out now, not after an epoch
+    _require_same({"the checkpoint that they read": None if now is None else asdict(position)})
+    if kept is not None and now is None:
+        kept.save(position, epoch_start)  # a folder that cannot be written is found out now, not after an epoch
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    interrupted = False
+    interrupted = stop = False
+    progress = progress and processes.is_first()
+    nothing = torch.empty(0), torch.empty(0, dtype=torch.int64)
 
     def save() -> None:
         if kept is not None:
@@ -155,40 +207,49 @@ def fit(
             total = None if per_epoch is None else per_epoch * epochs
             task = bar.add_task(f"training {model.name}", total=total, completed=position.steps, note="")
         try:
-            while position.epoch < epochs and not stopped.is_set():
+            while position.epoch < epochs and not stop:
                 for group in optimizer.param_groups:
                     rate = learning_rate(position.epoch, epochs, lr, warmup_epochs, warmup_lr)
                     group["lr"] = rate * group.get("lr_scale", 1.0)
                 if now is not None:
                     randomness.write(epoch_start)
-                batches = iter(loader)
+                batches = map(pair_of, loader)
                 if now is not None and position.batch:  # cut off within an epoch: read again what was done, then go on
                     next(islice(batches, position.batch, position.batch), None)
                     randomness.write(now)
                 now = None
-                for images, targets in batches:
-                    images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-                    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                        loss = model.loss(images, targets)
-                    value = float(loss.detach())
+                for images, targets in processes.in_step(batches, nothing):
+                    optimizer.zero_grad(set_to_none=True)
+                    value = 0.0
+                    if len(images) or shared["processes"] == 1:
+                        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                            try:
+                                loss = model.loss(images, targets)
+                            except ValueError:
+                                _require_finite(model, position, lr)  # which is the reason, if it is one
+                                raise
+                        loss.backward()
+                        value = float(loss.detach())
+                    count, value, stop = processes.sum_gradients(parameters, len(images), value, stopped.is_set())
                     if not math.isfinite(value):
                         raise ValueError(
                             f"the loss became {value} at step {position.steps} (epoch {position.epoch}); "
                             f"try a smaller lr than {lr}"
                         )
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimizer.step()
-                    position.steps, position.batch = position.steps + 1, position.batch + 1
-                    position.total += value * len(images)
-                    position.seen += len(images)
+                    if count:
+                        optimizer.step()
+                        position.steps += 1
+                    position.batch += 1
+                    position.total += value * count
+                    position.seen += count
                     if bar is not None and task is not None:
-                        note = f"epoch {position.epoch + 1}/{epochs} loss {position.total / position.seen:.3f}"
+                        note = f"epoch {position.epoch + 1}/{epochs} loss {position.total / max(position.seen, 1):.3f}"
                         bar.update(task, advance=1, note=note)
                     due = checkpoint_every and position.steps % checkpoint_every == 0
-                    if due or stopped.is_set():
+                    if due or stop:
                         save()
-                    if stopped.is_set():
+                    if stop:
                         break
                 else:
                     if position.seen == 0:
@@ -205,7 +266,7 @@ def fit(
             interrupted = True
         finally:
             model.eval()
-        interrupted = interrupted or stopped.is_set()
+        interrupted = interrupted or stop
         if interrupted and kept is not None and bar is not None:
             bar.console.print(f"Interrupted at step {position.steps}; the same call goes on from {kept.path}.")
     return FitResult(position.losses, position.steps, time.perf_counter() - started, interrupted)
@@ -213,6 +274,14 @@ def fit(
 
 def _length(dataset: object) -> int | None:
     return len(dataset) if isinstance(dataset, Sized) else None
+
+
+def _require_same(values: dict[str, Any]) -> None:
+    """Raise ValueError where processes differ: they would wait for each other, or average what is not of one run."""
+    everyone = processes.gather_json(values)
+    for rank, theirs in enumerate(everyone):
+        if told := [name for name in values if theirs[name] != everyone[0][name]]:
+            raise ValueError(f"expected the same run in all processes; {rank} and 0 differ in {', '.join(told)}")
 
 
 def _require_finite(model: Method, position: Position, lr: float) -> None:

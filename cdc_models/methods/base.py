@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdc_models.clip import ClipBackbone
+from cdc_models.clip.backbone import check_backbone
+from cdc_models.clip.checks import check_images
 from cdc_models.clip.classes import ClassTokens, check_names, tokenize_classes
 from cdc_models.data.transforms import Views
 from cdc_models.methods.options import check_room
+from cdc_ops import checks
 
-__all__ = ["Method", "Prediction", "SoftmaxMethod", "as_targets", "bounded_temperature"]
+__all__ = ["Method", "Prediction", "SoftmaxMethod", "as_targets", "bounded_temperature", "out_of_inference"]
 
 _MAX_LOG_TEMPERATURE = math.log(100.0)
 
@@ -35,6 +38,14 @@ class Prediction:
         prompt_uncertainty: vacuity of each template's own opinion, [B, M], or None.
         conflict: how far the templates contradict each other, [B], or None.
         names: the K class names.
+
+    Example:
+        >>> import torch
+        >>> from cdc_models import ZeroShot, load_clip
+        >>> model = ZeroShot(load_clip("bundled"), ["dog", "teapot"])
+        >>> said = model.predict(torch.zeros(3, 3, 48, 48))
+        >>> said.prob.shape, said.uncertainty.shape, said.belief, len(said.labels())
+        (torch.Size([3, 2]), torch.Size([3]), None, 3)
     """
 
     classes: Tensor
@@ -82,6 +93,32 @@ class Method(nn.Module):
         name_wise (of the class): whether the text features of a class follow from its own name alone, so that those of
             names which stay may be reused when classes change. A subclass whose features depend on the other classes
             sets it to False.
+
+    Raises:
+        ValueError: no backbone, or class names that are empty, duplicate or too long.
+        UnsupportedBackboneError: a method that prompts the text tower on one that takes no prompts.
+
+    Example:
+        >>> import torch
+        >>> from cdc_models import fit, load_clip
+        >>> from cdc_models.methods.base import SoftmaxMethod
+        >>> class Nudge(SoftmaxMethod):
+        ...     name, prompted, frozen_image = "nudge", False, True
+        ...     def __init__(self, backbone, class_names):
+        ...         super().__init__(backbone, class_names)
+        ...         self.step = torch.nn.Parameter(torch.zeros(backbone.embed_dim))
+        ...     def text_features(self):  # [M, K, D], here with one template
+        ...         tokens = self.backbone.tokenize([f"a photo of a {name}." for name in self.class_names])
+        ...         return (self.backbone.encode_text(tokens) + self.step).unsqueeze(0)
+        ...     def image_features(self, images):
+        ...         return self.backbone.encode_image(images)
+        >>> model = Nudge(load_clip("bundled"), ["cat", "dog"])
+        >>> batch = torch.zeros(2, 3, 48, 48), torch.tensor([0, 0])
+        >>> losses = fit(model, [batch], epochs=3, lr=0.1, progress=False).losses
+        >>> list(model.learned_parameters()), losses[-1] < losses[0]
+        (['step'], True)
+        >>> model.with_classes(["cow", "horse", "sheep"]).predict(batch[0]).prob.shape
+        torch.Size([2, 3])
     """
 
     prompted: ClassVar[bool] = True
@@ -95,6 +132,7 @@ class Method(nn.Module):
 
     def __init__(self, backbone: ClipBackbone, class_names: Sequence[str]) -> None:
         super().__init__()
+        check_backbone(backbone)
         self.backbone = backbone
         self._set_classes(class_names)
         self.options = {}
@@ -134,13 +172,18 @@ class Method(nn.Module):
             targets: class indices [B], integers.
 
         Raises:
-            ValueError: for targets that do not fit, or features where the image side learns.
+            ValueError: for images, features or targets of other shapes, dtypes or devices, values that are not finite,
+                targets out of range, or features where the image side learns.
         """
         targets = self.check_targets(images, targets)
+        images, targets = out_of_inference(images), out_of_inference(targets)
         if images.ndim > 3:
             if self.views is not None and images.ndim == 4:
+                check_images(images, self.backbone.image_shape, self.backbone.device)
                 images = self.views(images)
-        elif not self.frozen_image:
+        elif self.frozen_image:
+            self.check_features(images, "images")
+        else:
             raise ValueError(
                 f"images: {type(self).__name__} learns on its image side and needs images [B, 3, H, W]; got "
                 f"{tuple(images.shape)}"
@@ -246,6 +289,24 @@ class Method(nn.Module):
         """The numbers that `calibrate` fits, and the mean negative log-likelihood as a function of them."""
         raise NotImplementedError
 
+    def check_features(self, image: Tensor, argument: str = "image") -> None:
+        """Raise ValueError unless `image` holds finite features [B, D] or [B, M, D] on the backbone's device."""
+        size = self.backbone.embed_dim
+        want = f"[B, {size}] or [B, M, {size}]"
+        image = checks.floating(argument, image, want)
+        if image.ndim not in (2, 3) or image.shape[-1] != size or image.numel() == 0:
+            raise ValueError(f"{argument}: expected features {want}, got {checks.came(image)}")
+        if image.device != self.backbone.device:
+            raise ValueError(f"{argument}: features are on {image.device}, the backbone is on {self.backbone.device}")
+        checks.finite(argument, image)
+
+    def check_text(self, text: Tensor) -> None:
+        """Raise ValueError unless `text` holds finite features [M, K, D] of as many classes as there are names."""
+        text = checks.text_features("text", text)
+        if text.shape[1] != len(self.class_names):
+            raise ValueError(f"text: expected features of {len(self.class_names)} classes, got {checks.came(text)}")
+        checks.finite("text", text)
+
     def check_targets(self, images: Tensor, targets: Tensor) -> Tensor:
         """Targets as int64, or one clear sentence for targets that do not fit the images or the classes."""
         count = len(self.class_names)
@@ -261,6 +322,8 @@ class Method(nn.Module):
 
 def as_targets(images: Tensor, targets: Tensor) -> Tensor:
     """Targets as int64, one for each image; what else comes is refused."""
+    if not isinstance(images, Tensor) or images.ndim == 0:
+        raise ValueError(f"images: expected a tensor of images or features, got {checks.came(images)}")
     if not isinstance(targets, Tensor):
         raise ValueError(f"targets: expected a tensor of class indices, got {type(targets).__name__}")
     if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
@@ -268,6 +331,11 @@ def as_targets(images: Tensor, targets: Tensor) -> Tensor:
     if targets.ndim != 1 or len(targets) != len(images):
         raise ValueError(f"targets: expected shape [{len(images)}] to match images, got {tuple(targets.shape)}")
     return targets.long()
+
+
+def out_of_inference(x: Tensor) -> Tensor:
+    """The tensor, or a copy of one that inference mode made: autograd keeps none of those."""
+    return x.clone() if x.is_inference() else x
 
 
 class SoftmaxMethod(Method):
@@ -281,17 +349,25 @@ class SoftmaxMethod(Method):
         self.register_buffer("temperature", torch.tensor(1.0))
 
     def logits(self, image: Tensor, text: Tensor) -> Tensor:
-        """Scaled cosines [B, K] of image features [B, D] or [B, 1, D] and text features [M, K, D]."""
-        prototype = F.normalize(F.normalize(text.float(), dim=-1).mean(0), dim=-1)
-        x = F.normalize(image.float(), dim=-1)
-        x = x.squeeze(1) if x.ndim == 3 else x
-        logits = self.backbone.scale.float() * x @ prototype.T
-        return logits if self.backbone.bias is None else logits + self.backbone.bias.float()
+        """Scaled cosines [B, K] of image features [B, D] or [B, 1, D] and text features [M, K, D].
+
+        Always in float32: at CLIP's scale of 100 a bfloat16 logit is off by up to a quarter.
+        """
+        image, text = checks.features(image, text)
+        if image.ndim == 3 and image.shape[1] > 1:
+            raise ValueError(f"image: expected [B, D], the templates share it, got {checks.came(image)}")
+        with torch.autocast(image.device.type, enabled=False):
+            prototype = F.normalize(F.normalize(text.float(), dim=-1).mean(0), dim=-1)
+            x = F.normalize(image.float(), dim=-1)
+            x = x.squeeze(1) if x.ndim == 3 else x
+            logits = self.backbone.scale.float() * x @ prototype.T
+            return logits if self.backbone.bias is None else logits + self.backbone.bias.float()
 
     def objective(self, image: Tensor, text: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(image, text), targets)
 
     def calibration(self, image: Tensor, text: Tensor, targets: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        self.check_text(text)
         logits = self.logits(image, text).detach()
         log_temperature = torch.zeros((), device=logits.device, requires_grad=True)
 
@@ -304,6 +380,8 @@ class SoftmaxMethod(Method):
         return [log_temperature], negative_log_likelihood
 
     def predict_features(self, image: Tensor, text: Tensor) -> Prediction:
+        self.check_features(image)
+        self.check_text(text)
         prob = (self.logits(image, text) / self.temperature).softmax(-1)
         top, classes = prob.max(-1)
         return Prediction(classes=classes, prob=prob, uncertainty=(1 - top).clamp(0, 1), names=self.class_names)

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdc_models.clip import ClipBackbone, encode_prompted_image, encode_prompted_text
+from cdc_models.clip.checks import check_count
+from cdc_models.clip.classes import check_template
 from cdc_models.data.transforms import Views
 from cdc_models.methods.base import Method, Prediction, bounded_temperature
-from cdc_models.methods.options import check_count, check_room
+from cdc_models.methods.options import check_flags, check_room, check_seed
 from cdc_models.prompts import CoupledPrompts, PromptContext, default_depth
 from cdc_models.prompts.templates import fill_templates
 from cdc_ops import (
@@ -112,10 +114,12 @@ class CDC(Method):
         super().__init__(backbone, class_names)
         check_count("n_templates", n_templates)
         check_room(backbone, self.classes, n_ctx)
-        if views is not None and len(views) != n_templates:
-            raise ValueError(f"views: expected one augmentation per template ({n_templates}), got {list(views)}")
-        if hand_crafted.count("{}") != 1:
-            raise ValueError(f"hand_crafted: expected exactly one '{{}}', got {hand_crafted!r}")
+        check_flags(trusted=trusted, evidence_head=evidence_head, image_prompts=image_prompts)
+        check_seed(seed)
+        apiece = isinstance(views, Sequence) and not isinstance(views, str) and len(views) == n_templates
+        if views is not None and not apiece:
+            raise ValueError(f"views: expected one augmentation per template ({n_templates}), got {views!r}")
+        check_template("hand_crafted", hand_crafted)
         checks.one_of("form", form, FORMS)
         weight_de = checks.number("weight_de", weight_de, low=0.0)
         weight_con = checks.number("weight_con", weight_con, low=0.0)
@@ -128,7 +132,7 @@ class CDC(Method):
             "n_templates": n_templates,
             "n_ctx": n_ctx,
             "depth": depth,
-            "words": words if words is None or isinstance(words, str) else list(words),
+            "words": list(words) if isinstance(words, tuple) else words,
             "hand_crafted": hand_crafted,
             "views": None if views is None else list(views),
             "weight_de": weight_de,
@@ -204,9 +208,9 @@ class CDC(Method):
             context, deep = self.prompts.image()
             return encode_prompted_image(self.backbone, images, context, deep=deep, start=self.prompts.image_start)
         with torch.no_grad():
-            if images.ndim == 4:
-                return self.backbone.encode_image(images)
-            return self.backbone.encode_image(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+            if isinstance(images, Tensor) and images.ndim == 5:
+                return self.backbone.encode_image(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+            return self.backbone.encode_image(images)
 
     @property
     def frozen_image(self) -> bool:
@@ -243,6 +247,7 @@ class CDC(Method):
     def calibration(self, image: Tensor, text: Tensor, targets: Tensor) -> tuple[list[Tensor], Callable[[], Tensor]]:
         # One temperature for all evidence logits. Fitting every scale and bias anew gains a point of calibration
         # error, but likelihood then drives vacuity to 0 and silences templates: it does not ask for either.
+        self.check_text(text)
         scale, bias = self.head.scale.detach().clone(), self.head.bias.detach().clone()
         log_temperature = torch.zeros((), device=scale.device, requires_grad=True)
 
@@ -269,18 +274,22 @@ class CDC(Method):
         return [log_temperature], negative_log_likelihood
 
     def _logits(self, image: Tensor, text: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Logits of every template, [B, M, K], by the head's scale and bias unless given."""
+        """Logits of every template, [B, M, K] in float32, by the head's scale and bias unless given."""
+        image, text = checks.features(image, text)
         scale, bias = self.head.scale if scale is None else scale, self.head.bias if bias is None else bias
-        x, t = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        x = x.unsqueeze(1) if x.ndim == 2 else x
-        cosine = torch.einsum("bmd,mkd->bmk", x.expand(-1, len(t), -1), t)
-        return scale[:, None] * cosine + bias[:, None]
+        with torch.autocast(image.device.type, enabled=False):
+            x, t = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+            x = x.unsqueeze(1) if x.ndim == 2 else x
+            cosine = torch.einsum("bmd,mkd->bmk", x.expand(-1, len(t), -1), t)
+            return scale[:, None] * cosine + bias[:, None]
 
     def opinion(self, image: Tensor, text: Tensor | None = None) -> FusedOpinion:
         """The fused opinion of image features [B, D] or [B, M, D]."""
         return self.head(image, self.cached_text_features() if text is None else text)
 
     def predict_features(self, image: Tensor, text: Tensor) -> Prediction:
+        self.check_features(image)
+        self.check_text(text)
         if not self.trusted:
             prob = self.template_prob(image, text).mean(1)
             top, classes = prob.max(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cdc_models.clip import ClipBackbone, encode_prompted_text
 from cdc_models.clip.text_layout import POSITIONS
 from cdc_models.methods.base import SoftmaxMethod
-from cdc_models.methods.options import check_room
+from cdc_models.methods.options import check_flags, check_room, check_seed
 from cdc_models.prompts import PromptContext
 from cdc_ops import checks
 
@@ -55,9 +55,10 @@ class CoOp(SoftmaxMethod):
         position: str = "end",
         seed: int = 0,
     ) -> None:
-        backbone.require_promptable_text()
         super().__init__(backbone, class_names)
         checks.one_of("position", position, POSITIONS)
+        check_flags(class_specific=class_specific)
+        check_seed(seed)
         check_room(backbone, self.classes, n_ctx)
         self.class_specific, self.position = class_specific, position
         self.options = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cdc_models.clip import ClipBackbone, encode_prompted_image, encode_prompted_text
 from cdc_models.methods.base import SoftmaxMethod
-from cdc_models.methods.options import check_room
+from cdc_models.methods.options import check_room, check_seed
 from cdc_models.prompts import CoupledPrompts, default_depth
 
 __all__ = ["MaPLe"]
@@ -52,6 +52,7 @@ class MaPLe(SoftmaxMethod):
     ) -> None:
         super().__init__(backbone, class_names)
         check_room(backbone, self.classes, n_ctx)
+        check_seed(seed)
         depth = default_depth(backbone) if depth is None else depth
         self.options = {"n_ctx": n_ctx, "depth": depth, "words": words, "seed": seed}
         self.prompts = CoupledPrompts(

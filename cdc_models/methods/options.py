@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from cdc_models.clip import ClassTokens, ClipBackbone
+from cdc_models.clip.checks import check_count
 
-__all__ = ["check_count", "check_room"]
+__all__ = ["check_flags", "check_room", "check_seed"]
 
 
-def check_count(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{argument}: expected a whole number >= 1, got {value!r}")
+def check_flags(**flags: object) -> None:
+    """Raise ValueError unless every one is True or False: the text "false" would count as true."""
+    if wrong := {argument: value for argument, value in flags.items() if not isinstance(value, bool)}:
+        argument, value = next(iter(wrong.items()))
+        raise ValueError(f"{argument}: expected True or False, got {value!r}")
+
+
+def check_seed(seed: object) -> None:
+    """Raise ValueError unless torch's generators take `seed`."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected a whole number of at most 64 bits, got {seed!r}")
 
 
 def check_room(backbone: ClipBackbone, classes: ClassTokens, n_ctx: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cdc_models.clip import ClipBackbone
+from cdc_models.clip.classes import check_distinct
 from cdc_models.methods.base import SoftmaxMethod
 from cdc_models.prompts.templates import fill_templates
 
@@ -25,7 +26,8 @@ class ZeroShot(SoftmaxMethod):
         templates: one template or a sequence of them, each with one "{}".
 
     Raises:
-        ValueError: no template, or one without exactly one "{}".
+        ValueError: no template, one without exactly one "{}", or names that are empty, alike or too long.
+        RuntimeError: a tokenizer that cannot be had.
 
     Source: CLIP (Radford et al., ICML 2021), zero-shot prediction and prompt ensembling.
 
@@ -43,14 +45,23 @@ class ZeroShot(SoftmaxMethod):
         self, backbone: ClipBackbone, class_names: Sequence[str], templates: str | Sequence[str] = "a photo of a {}."
     ) -> None:
         super().__init__(backbone, class_names)
-        self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
-        fill_templates(self.templates, self.class_names)  # which checks them
+        self.templates = (templates,) if isinstance(templates, str) else templates
+        self._tokens = self._tokenize()
         self.options = {"templates": list(self.templates)}
 
+    def _tokenize(self) -> list[Tensor]:
+        """Token ids [K, context length] of the classes in each template."""
+        tokens = [self.backbone.tokenize(texts) for texts in fill_templates(self.templates, self.class_names)]
+        check_distinct(self.class_names, tokens[0].tolist())
+        return tokens
+
+    def _changed_classes(self) -> None:
+        super()._changed_classes()
+        self._tokens = self._tokenize()
+
     def text_features(self) -> Tensor:
-        filled = fill_templates(self.templates, self.class_names)
         with torch.no_grad():
-            return torch.stack([self.backbone.encode_text(self.backbone.tokenize(texts)) for texts in filled])
+            return torch.stack([self.backbone.encode_text(tokens) for tokens in self._tokens])
 
     @property
     def frozen_image(self) -> bool:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cdc_models.clip.anatomy import text_parts
-from cdc_models.clip.backbone import ClipBackbone
+from cdc_models.clip.backbone import ClipBackbone, check_backbone
+from cdc_models.clip.checks import check_count
+from cdc_ops import checks
 
 
 def word_vectors(backbone: ClipBackbone, words: str, n: int) -> Tensor:
@@ -16,6 +18,8 @@ def word_vectors(backbone: ClipBackbone, words: str, n: int) -> Tensor:
 
     Raises ValueError if `words` has fewer than n tokens.
     """
+    if not isinstance(words, str):
+        raise ValueError(f"words: expected a text, got {words!r:.80}")
     ids = backbone.encode_words(words)
     if len(ids) < n:
         raise ValueError(f"words: expected at least n = {n} tokens to start from, {words!r} has {len(ids)}")
@@ -37,15 +41,19 @@ def start_vectors(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Starting values [m, n, W] of m contexts: word embeddings (plus noise), or N(0, std)."""
-    if n < 1 or m < 1:
-        raise ValueError(f"expected n >= 1 context vectors and m >= 1 templates, got n={n}, m={m}")
+    check_count("n", n)
+    check_count("m", m)
+    noise, std = checks.number("noise", noise, low=0.0), checks.number("std", std, low=0.0)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator: expected a torch.Generator or None, got {generator!r:.80}")
     device = generator.device if generator is not None else torch.device("cpu")
     normal = torch.randn(m, n, backbone.text_width, generator=generator, device=device).to(backbone.device)
     if words is None:
         return normal * std
-    texts = [words] * m if isinstance(words, str) else list(words)
-    if len(texts) != m:
-        raise ValueError(f"words: expected one text, or one per template ({m}), got {len(texts)}")
+    texts = [words] * m if isinstance(words, str) else words
+    if not isinstance(texts, Sequence) or len(texts) != m:
+        got = len(texts) if isinstance(texts, Sequence) else repr(texts)
+        raise ValueError(f"words: expected one text, or one per template ({m}), got {got}")
     return torch.stack([word_vectors(backbone, text, n) for text in texts]) + normal * noise
 
 
@@ -61,6 +69,11 @@ class PromptContext(nn.Module):
         noise: standard deviation of what is added to `words`, to tell templates apart that start from one text.
         std: standard deviation of the random start (CoOp and MaPLe: 0.02).
         generator: source of randomness; None: torch's global one.
+
+    Raises:
+        ValueError: n, m or n_classes below 1, words of fewer than n tokens or not one text per template, a negative
+            deviation.
+        UnsupportedBackboneError: a text tower that cannot be prompted.
 
     Source: CoOp, "Learning to Prompt for Vision-Language Models" (Zhou et al., IJCV 2022). As there, classes draw
     their random starts apart; several templates and `noise` are ours.
@@ -88,8 +101,9 @@ class PromptContext(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if n_classes is not None and n_classes < 1:
-            raise ValueError(f"n_classes: expected at least 1 class, got {n_classes}")
+        check_backbone(backbone)
+        if n_classes is not None:
+            check_count("n_classes", n_classes)
         if n_classes is None:
             vectors = start_vectors(backbone, n, m, words, noise, std, generator)
         else:

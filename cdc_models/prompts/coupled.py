@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cdc_models.clip.backbone import ClipBackbone
+from cdc_models.clip.backbone import ClipBackbone, check_backbone
 from cdc_models.prompts.context import start_vectors
 
 PUBLISHED_DEPTH = 9
@@ -17,6 +17,12 @@ def default_depth(backbone: ClipBackbone, image_start: int = 0) -> int:
     """MaPLe's 9 layers of prompts, or as many as the shallower tower has, the image tower from `image_start` on.
 
     Raises UnsupportedBackboneError if a tower takes no prompts.
+
+    Example:
+        >>> from cdc_models.clip import load_clip
+        >>> backbone = load_clip("bundled")
+        >>> default_depth(backbone) == min(backbone.text_depth, backbone.image_depth)
+        True
     """
     return min(PUBLISHED_DEPTH, backbone.text_depth, backbone.image_depth - image_start)
 
@@ -40,6 +46,11 @@ class CoupledPrompts(nn.Module):
         std: standard deviation of the deep prompts' random start.
         image_start: the first block of the image tower that sees prompts (`start` of `encode_prompted_image`).
         generator: source of randomness; None: torch's global one.
+
+    Raises:
+        ValueError: n or m below 1, a depth that the shallower tower does not have, words of fewer than n tokens or
+            not one text per template, a negative deviation.
+        UnsupportedBackboneError: a tower that cannot be prompted.
 
     The start is MaPLe's: linear maps as torch's Linear, those of the deep layers all alike. With M > 1 every
     template draws its own (our reading; MaPLe has one template).
@@ -70,13 +81,15 @@ class CoupledPrompts(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_backbone(backbone)
         backbone.require_promptable_text()
         backbone.require_promptable_image()
-        if not isinstance(image_start, int) or not 0 <= image_start < backbone.image_depth:
-            raise ValueError(f"image_start: expected a block, 0..{backbone.image_depth - 1}, got {image_start}")
+        last = backbone.image_depth - 1
+        if isinstance(image_start, bool) or not isinstance(image_start, int) or not 0 <= image_start <= last:
+            raise ValueError(f"image_start: expected a block, 0..{last}, got {image_start!r}")
         deepest = min(backbone.text_depth, backbone.image_depth - image_start)
-        if not 1 <= depth <= deepest:
-            raise ValueError(f"depth: expected 1..{deepest} (the shallower tower), got {depth}")
+        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= deepest:
+            raise ValueError(f"depth: expected 1..{deepest} (the shallower tower), got {depth!r}")
         self.image_start = image_start
         shallow = start_vectors(backbone, n, m, words, noise, std, generator)
         wide, out, device = backbone.text_width, backbone.image_width, backbone.device

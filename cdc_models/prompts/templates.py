@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cdc_models.clip.classes import words_of
+from cdc_models.clip.classes import check_template, words_of
 
 GENERIC = "a photo of a {}."
 
@@ -51,9 +51,11 @@ def fill_templates(templates: Sequence[str], names: Sequence[str]) -> list[list[
         [['a photo of a cat.', 'a photo of a fire engine.']]
     """
     for argument, values in (("templates", templates), ("names", names)):
-        if isinstance(values, str) or len(values) == 0:
+        if isinstance(values, str) or not isinstance(values, Sequence) or len(values) == 0:
             raise ValueError(f"{argument}: expected a non-empty sequence of strings, got {values!r:.80}")
-    if wrong := [template for template in templates if template.count("{}") != 1]:
-        raise ValueError(f"templates: expected exactly one '{{}}' in each, got {wrong}")
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"names: expected a non-empty sequence of strings, got {wrong[0]!r:.80} among them")
+    for template in templates:
+        check_template("templates", template)
     texts = [words_of(name) for name in names]
     return [[template.replace("{}", text) for text in texts] for template in templates]

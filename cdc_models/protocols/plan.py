@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["PROTOCOLS", "Cell", "Target", "plan"]
+__all__ = ["PROTOCOLS", "TRANSFER", "Cell", "Target", "plan"]
 
-PROTOCOLS = ("base-to-new", "few-shot", "cross-dataset", "domain-generalisation")
+TRANSFER = ("cross-dataset", "domain-generalisation")
+"""The protocols that learn from one source and are tested on other datasets too."""
+
+PROTOCOLS = ("base-to-new", "few-shot", *TRANSFER)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def plan(
             raise ValueError(f"{name}: expected at least one and none twice, got {list(values)}")
     if min(shots) < 1:
         raise ValueError(f"shots: expected positive numbers, got {list(shots)}")
-    transfer = protocol in ("cross-dataset", "domain-generalisation")
+    transfer = protocol in TRANSFER
     if transfer != (source is not None):
         raise ValueError(f"source: {protocol} expected {'a' if transfer else 'no'} source, got {source!r}")
     if source is not None:

@@ -1,4 +1,4 @@
-"""Where the fused operations are computed: one file per backend, all with the same three functions.
+"""Where the fused operations are computed: one file per backend, all with the same functions.
 
 A backend is a module with
 
@@ -6,7 +6,12 @@ A backend is a module with
     fused_topk(problem, k)                 -> classes [B, k], log_ratio [B, k], then as fused_opinion
     evidential_loss(problem, target, loss) -> loss of each image [B]
 
-all differentiable in image, text, scale and bias (fused_topk need not be: nothing trains through it), all
+and, for a problem whose text holds only some of the classes (:mod:`cdc_ops.parallel`), the sums they rest on:
+
+    prompt_log_partition(problem)          -> [B, M]
+    loss_sums(problem, target, loss)       -> RowSums of the prompts' and of the fused opinion [B, M + 1]
+
+all differentiable in image, text, scale, bias and weight (fused_topk need not be: nothing trains through it), all
 computed in the problem's dtype. Arguments arrive checked, so a backend holds arithmetic and nothing else.
 
 Only "reference" has second derivatives; the others refuse them, in the backward pass that would have to record them.
@@ -25,6 +30,7 @@ import torch
 from torch import Tensor
 
 from cdc_ops import checks
+from cdc_ops.dirichlet import RowSums, loss_from_row_sums
 
 BACKENDS = ("reference", "blocked", "triton")
 KERNEL_BACKENDS = ("reference", "triton")  # of operations on ready-made evidence or features
@@ -47,7 +53,9 @@ def refuse_second_derivatives(backend: str) -> None:
 class Problem:
     """What every fused operation starts from, checked: features, and how a logit becomes an opinion.
 
-    image [B, D] or [B, M, D] and text [M, K, D] in the caller's dtypes; scale and bias [M] in ``dtype``.
+    image [B, D] or [B, M, D] and text [M, K, D] in the caller's dtypes; scale and bias [M] in ``dtype``. Text may
+    hold a shard of the opinion's ``classes``: what is summed over classes is then summed over the shard, what depends
+    on their number is the whole opinion's.
     """
 
     image: Tensor
@@ -57,11 +65,14 @@ class Problem:
     activation: str
     rule: str
     prior_weight: float
+    classes: int
     normalize: bool
     dtype: torch.dtype
     # lengths [B] or [B, M] of image and [M, K] of text, without gradient, where the checks have made them
     image_norm: Tensor | None = None
     text_norm: Tensor | None = None
+    # weights [B, M] of the rule "weighted"; None: from the prompts' uncertainty about the classes at hand
+    weight: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -78,6 +89,22 @@ class LossForm:
     prompt_weight: float
     fused_weight: float
 
+    @property
+    def square(self) -> bool:
+        """Whether it needs the sum of squares."""
+        return self.form == "mse"
+
+    @property
+    def kl(self) -> bool:
+        """Whether it needs the sum of the KL."""
+        return self.kl_weight != 0
+
+
+def loss_from_sums(sums: RowSums, problem: Problem, loss: LossForm) -> Tensor:
+    """The loss of each image [B] from the row sums [B, M + 1] of its opinions, the fused one last."""
+    each = loss_from_row_sums(sums, problem.classes, problem.prior_weight, loss.form, loss.kl_weight)
+    return loss.prompt_weight * each[:, :-1].sum(1) + loss.fused_weight * each[:, -1]
+
 
 class Backend(Protocol):
     """The interface; see the module's docstring."""
@@ -87,6 +114,12 @@ class Backend(Protocol):
     def fused_topk(self, problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
     def evidential_loss(self, problem: Problem, target: Tensor, loss: LossForm) -> Tensor: ...
+
+    def prompt_log_partition(self, problem: Problem) -> Tensor: ...
+
+    def loss_sums(self, problem: Problem, target: Tensor, loss: LossForm) -> RowSums:
+        """A target of -1 is none of the classes at hand: its log_target is 0."""
+        ...
 
 
 def choose(name: str | None, problem: Problem) -> Backend:

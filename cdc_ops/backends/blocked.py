@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdc_ops.backends import LossForm, Problem, refuse_second_derivatives
+from cdc_ops.backends import LossForm, Problem, loss_from_sums, refuse_second_derivatives
 from cdc_ops.backends.blocks import EPS, LOG, LOG1P, Block, Blocks, Fusion, exp_, spans
-from cdc_ops.dirichlet import RowSums, loss_from_row_sums
+from cdc_ops.dirichlet import RowSums
 from cdc_ops.fusion import confidence_weight
 from cdc_ops.special import kl_element, kl_slope, softplus
 
@@ -68,7 +69,7 @@ class Accumulator:
     """Row sums of M + 1 opinions over blocks of classes, each a list of [B]; the last is the fused opinion."""
 
     def __init__(self, blocks: Blocks, sums: Sums) -> None:
-        self.K, self.log_w, self.sums = blocks.K, blocks.log_w, sums
+        self.classes, self.log_w, self.sums = blocks.problem.classes, blocks.log_w, sums
 
         def rows(value: float) -> list[Tensor]:
             return list(blocks.image.new_full((blocks.M + 1, blocks.B), value).unbind())
@@ -84,12 +85,12 @@ class Accumulator:
         if place is not None:
             assert self.log_target is not None
             kept = block.values.gather(1, place.position)
-            mine = Block(kept, block.kind).log_alpha(self.K)
+            mine = Block(kept, block.kind).log_alpha(self.classes)
             self.log_target[m][rows] += torch.where(place.inside, mine, 0.0).squeeze(1)
             place.put(block.values, block.nothing)
         merge(self.log_sum[m][rows], block.log_sum(), columns)
         if self.log_square is not None or self.kl_sum is not None:
-            log_alpha = block.log_alpha(self.K)
+            log_alpha = block.log_alpha(self.classes)
             if self.kl_sum is not None:
                 share = kl_element(log_alpha + self.log_w)
                 if place is not None:
@@ -104,13 +105,16 @@ class Accumulator:
             place.put(block.values, kept)
 
     def total(self) -> Tensor:
-        """``ln(sum alpha / W)`` [B, M + 1] over all classes but the target, or over all when there is none."""
+        """``ln(sum alpha / W)`` [B, M + 1] over all classes but the target, or over all when there is none.
+
+        Evidence is that of the classes at hand; the prior is always that of all.
+        """
         log_sum = torch.stack(self.log_sum, 1)
         if self.sums.target is None:
             return softplus(log_sum)
-        if self.K == 1:
+        if self.classes == 1:
             return log_sum
-        constant = math.log((self.K - 1) / self.K)
+        constant = math.log((self.classes - 1) / self.classes)
         return softplus(log_sum.sub_(constant)).add_(constant)
 
     def results(self) -> tuple[Tensor | None, ...]:
@@ -126,10 +130,10 @@ def merge(running: Tensor, here: Tensor, columns: slice) -> None:
 
 def fusion_weights(blocks: Blocks) -> Weights:
     """The rule's weight of each prompt; for the weighted rule from a pass over all blocks."""
-    rule, M = blocks.problem.rule, blocks.M
+    rule, weight, M = blocks.problem.rule, blocks.problem.weight, blocks.M
     if rule != "weighted":
         return [1 / M if rule == "averaging" else 1.0] * M
-    return as_weights(confidence_weight(prompt_log_partition(blocks), 1))
+    return as_weights(confidence_weight(sum_prompts(blocks), 1) if weight is None else weight)
 
 
 def as_weights(weight: Tensor) -> Weights:
@@ -142,7 +146,7 @@ def weights_at(weights: Weights, rows: slice) -> Weights:
     return [w[rows] if isinstance(w, Tensor) else w for w in weights]
 
 
-def prompt_log_partition(blocks: Blocks) -> Tensor:
+def sum_prompts(blocks: Blocks) -> Tensor:
     """``-ln u_m`` [B, M] alone."""
     accumulator = Accumulator(blocks, Sums(None))
     for columns in spans(blocks.K, blocks.columns):
@@ -195,7 +199,7 @@ def row_sums(image: Tensor, problem: Problem, sums: Sums, want_log_ratio: bool) 
 
 
 class RowSumsFunction(torch.autograd.Function):
-    """:func:`row_sums` as a differentiable function of image, text, scale and bias."""
+    """:func:`row_sums` as a differentiable function of image, text, scale, bias and the rule's weight."""
 
     @staticmethod
     def forward(
@@ -204,14 +208,15 @@ class RowSumsFunction(torch.autograd.Function):
         text: Tensor,
         scale: Tensor,
         bias: Tensor | None,
+        weight: Tensor | None,
         problem: Problem,
         sums: Sums,
         want_log_ratio: bool,
     ) -> tuple[Tensor | None, ...]:
         log_ratio, *results = row_sums(image, problem, sums, want_log_ratio)
         ctx.problem, ctx.sums, ctx.want_log_ratio = problem, sums, want_log_ratio
-        # text, scale and bias are read through the problem; saving them guards against changes in place
-        ctx.save_for_backward(image, text, scale, bias, *results[:3])
+        # text, scale, bias and weight are read through the problem; saving them guards against changes in place
+        ctx.save_for_backward(image, text, scale, bias, weight, *results[:3])
         return log_ratio, *results
 
     @staticmethod
@@ -219,7 +224,7 @@ class RowSumsFunction(torch.autograd.Function):
         ctx: Any, g_ratio: Tensor | None, g_total: Tensor, g_target: Tensor, g_square: Tensor, g_kl: Tensor
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("blocked")
-        image, _, _, _, total, log_target, log_square = ctx.saved_tensors
+        image, _, _, _, _, total, log_target, log_square = ctx.saved_tensors
         blocks = Blocks(ctx.problem, image)
         slopes = RowSlopes(blocks, ctx.sums, total, log_target, log_square, g_total, g_target, g_square, g_kl)
         g_ratio = g_ratio if ctx.want_log_ratio else None
@@ -248,7 +253,7 @@ class RowSlopes(NamedTuple):
         lead = block.values
         grad = exp_(lead - column(self.total)).mul_(column(self.g_total))
         if self.log_square is not None or self.sums.kl:
-            log_alpha = block.log_alpha(self.blocks.K)
+            log_alpha = block.log_alpha(self.blocks.problem.classes)
             if self.sums.kl:
                 assert self.g_kl is not None
                 slope = kl_slope(log_alpha + self.blocks.log_w)
@@ -298,6 +303,10 @@ class FusedSlope(NamedTuple):
             return torch.sigmoid(y).mul_(self.grad)
         return exp_(y - self.log_ratio).mul_(self.grad).mul_(self.weights[m])
 
+    def by_weight(self, y: Tensor) -> Tensor:
+        """Gradient [b] with respect to the weight of the prompt whose ``y = ln v`` is given."""
+        return exp_(y - self.log_ratio).mul_(self.grad).sum(1)
+
 
 def fused_slopes(blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, weights: Weights) -> Iterator[FusedSlope]:
     """Every block again, classes outside, images inside."""
@@ -322,17 +331,17 @@ def fused_slopes(blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, weig
 
 
 class Confidence:
-    """The weighted rule's own gradient: its weights depend on every prompt's uncertainty."""
+    """The weighted rule's own gradient: its weights, where not given, depend on every prompt's uncertainty."""
 
     def __init__(self, blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None) -> None:
-        self.log_partition = prompt_log_partition(blocks)
+        self.log_partition = sum_prompts(blocks)
         weight = confidence_weight(self.log_partition, 1)
         self.weights = as_weights(weight)
         g_weight = torch.zeros_like(weight)
         for fused in fused_slopes(blocks, slopes, g_ratio, self.weights):
             for m in range(blocks.M):
                 y, _ = fused.prompt(m)
-                g_weight[fused.rows, m] += exp_(y - fused.log_ratio).mul_(fused.grad).sum(1)
+                g_weight[fused.rows, m] += fused.by_weight(y)
         with torch.enable_grad():
             x = self.log_partition.detach().requires_grad_()
             (self.g_log_partition,) = torch.autograd.grad(confidence_weight(x, 1), x, g_weight)
@@ -345,14 +354,16 @@ class Confidence:
 
 def gradients(
     blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of image, text, scale and bias. Each is summed in one fixed order: deterministic."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of image, text, scale, bias and weight. Each is summed in one fixed order: deterministic."""
     problem, M = blocks.problem, blocks.M
     g_image = torch.zeros_like(blocks.image) if needs[0] else None
     g_text = torch.zeros_like(problem.text, memory_format=torch.contiguous_format) if needs[1] else None
     g_scale = torch.zeros_like(problem.scale) if needs[2] else None
     g_bias = torch.zeros_like(problem.scale) if needs[3] else None
-    confidence = Confidence(blocks, slopes, g_ratio) if problem.rule == "weighted" else None
+    g_weight = torch.zeros_like(problem.weight) if problem.weight is not None and needs[4] else None
+    own_weights = problem.rule == "weighted" and problem.weight is None
+    confidence = Confidence(blocks, slopes, g_ratio) if own_weights else None
     weights = fusion_weights(blocks) if confidence is None else confidence.weights
     # of normalised text [k, D] for the current block of classes; where the dtype allows, inside g_text
     g_unit: list[Tensor] = []
@@ -365,6 +376,8 @@ def gradients(
             grad = slopes.at(m, rows, columns, Block(y, LOG)).add_(fused.through_fusion(m, y))
             if confidence is not None:
                 grad.add_(confidence.at(m, rows, y))
+            if g_weight is not None:
+                g_weight[rows, m] += fused.by_weight(y)
             if dy_dz is not None:
                 grad.mul_(dy_dz)
             text, images = fused.texts[m], blocks.images(m, rows)
@@ -385,7 +398,7 @@ def gradients(
                 mine = g_image[rows] if g_image.dim() == 2 else g_image[rows, m]
                 mine.addmm_(grad, text)
     blocks.close()
-    return g_image, g_text, g_scale, g_bias
+    return g_image, g_text, g_scale, g_bias, g_weight
 
 
 def text_sums(g_text: Tensor | None, texts: list[Tensor], columns: slice) -> list[Tensor]:
@@ -418,7 +431,7 @@ def prepared_image(problem: Problem) -> Tensor:
 
 def differentiable_row_sums(problem: Problem, sums: Sums, want_log_ratio: bool) -> tuple[Any, ...]:
     """:func:`row_sums`, recorded by autograd where a gradient will be asked for."""
-    image, inputs = prepared_image(problem), (problem.text, problem.scale, problem.bias)
+    image, inputs = prepared_image(problem), (problem.text, problem.scale, problem.bias, problem.weight)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (image, *inputs)):
         return RowSumsFunction.apply(image, *inputs, problem, sums, want_log_ratio)  # type: ignore[no-any-return]
     with torch.no_grad():
@@ -456,10 +469,16 @@ def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """See :mod:`cdc_ops.backends`."""
-    _, M, K = problem.sizes
-    sums = Sums(target, loss.form == "mse", loss.kl_weight != 0)
-    _, total, log_target, log_square, kl_sum = differentiable_row_sums(problem, sums, False)
-    each = loss_from_row_sums(
-        RowSums(log_target, total, log_square, kl_sum), K, problem.prior_weight, loss.form, loss.kl_weight
-    )
-    return loss.prompt_weight * each[:, :M].sum(1) + loss.fused_weight * each[:, M]
+    return loss_from_sums(loss_sums(problem, target, loss), problem, loss)
+
+
+def prompt_log_partition(problem: Problem) -> Tensor:
+    """See :mod:`cdc_ops.backends`; of whatever rule needs no weights, for it is not looked at."""
+    _, total, *_ = differentiable_row_sums(replace(problem, rule="cumulative"), Sums(None), False)
+    return total[:, :-1]
+
+
+def loss_sums(problem: Problem, target: Tensor, loss: LossForm) -> RowSums:
+    """See :mod:`cdc_ops.backends`."""
+    _, total, log_target, *others = differentiable_row_sums(problem, Sums(target, loss.square, loss.kl), False)
+    return RowSums(log_target, total, *others)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdc_ops.backends import LossForm, Problem
-from cdc_ops.dirichlet import dirichlet_loss
+from cdc_ops.backends import LossForm, Problem, loss_from_sums
+from cdc_ops.dirichlet import RowSums, row_sums
 from cdc_ops.evidence import log_ratio_from_logits
 from cdc_ops.fusion import fused_log_ratio
 from cdc_ops.special import log_row_sum
@@ -23,10 +23,15 @@ def prompt_log_ratio(problem: Problem) -> Tensor:
     return log_ratio_from_logits(z, problem.activation, problem.prior_weight)
 
 
+def log_ratios(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The prompts' [B, M, K] and the fused [B, K]."""
+    prompts = prompt_log_ratio(problem)
+    return prompts, fused_log_ratio(prompts, 1, problem.rule, problem.weight)
+
+
 def fused_opinion(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`cdc_ops.backends`."""
-    prompts = prompt_log_ratio(problem)
-    fused = fused_log_ratio(prompts, 1, problem.rule)
+    prompts, fused = log_ratios(problem)
     return fused, log_row_sum(fused), log_row_sum(prompts)
 
 
@@ -39,9 +44,20 @@ def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """See :mod:`cdc_ops.backends`."""
-    prompts = prompt_log_ratio(problem)
-    fused = fused_log_ratio(prompts, 1, problem.rule)
-    each = target.unsqueeze(1).expand(prompts.shape[:2])
-    by_prompt = dirichlet_loss(prompts, each, problem.prior_weight, loss.form, loss.kl_weight).sum(1)
-    together = dirichlet_loss(fused, target, problem.prior_weight, loss.form, loss.kl_weight)
-    return loss.prompt_weight * by_prompt + loss.fused_weight * together
+    return loss_from_sums(loss_sums(problem, target, loss), problem, loss)
+
+
+def prompt_log_partition(problem: Problem) -> Tensor:
+    """See :mod:`cdc_ops.backends`."""
+    return log_row_sum(prompt_log_ratio(problem))
+
+
+def loss_sums(problem: Problem, target: Tensor, loss: LossForm) -> RowSums:
+    """See :mod:`cdc_ops.backends`."""
+    prompts, fused = log_ratios(problem)
+    target = target.unsqueeze(1)
+    parts = [
+        row_sums(x, target.expand(x.shape[:2]), problem.classes, problem.prior_weight, loss.square, loss.kl)
+        for x in (prompts, fused.unsqueeze(1))
+    ]
+    return RowSums._make(None if x is None else torch.cat([x, y], 1) for x, y in zip(*parts, strict=True))

@@ -11,6 +11,7 @@ from cdc_kernels import launch_small, ops
 from torch import Tensor
 
 from cdc_ops.backends import LossForm, Problem
+from cdc_ops.dirichlet import RowSums
 from cdc_ops.fusion import confidence_weight
 
 EPS = 1e-12
@@ -35,11 +36,16 @@ def arguments(problem: Problem) -> tuple[Tensor | None, ...]:
 
 def rule_weight(problem: Problem, inputs: tuple[Tensor | None, ...]) -> Tensor | None:
     """The weighted rule's weights [B, M], differentiable through every prompt's own uncertainty."""
-    if problem.rule != "weighted":
-        return None
-    options = problem.activation, "cumulative", problem.prior_weight, False, False, False, False
+    if problem.rule != "weighted" or problem.weight is not None:
+        return problem.weight
+    return confidence_weight(sum_prompts(problem, inputs), 1)
+
+
+def sum_prompts(problem: Problem, inputs: tuple[Tensor | None, ...]) -> Tensor:
+    """``-ln u_m`` [B, M] alone."""
+    options = problem.activation, "cumulative", problem.prior_weight, problem.classes, False, False, False, False
     _, sums = ops.row_sums(*inputs, None, None, *options)
-    return confidence_weight(sums[0, :-1].t(), 1)
+    return sums[0, :-1].t()
 
 
 def row_sums(
@@ -48,7 +54,7 @@ def row_sums(
     """log_ratio and row sums [4, M + 1, B]; the fused opinion last."""
     inputs = arguments(problem)
     weight = rule_weight(problem, inputs)
-    options = problem.activation, problem.rule, problem.prior_weight, square, kl, want_ratio, True
+    options = problem.activation, problem.rule, problem.prior_weight, problem.classes, square, kl, want_ratio, True
     return ops.row_sums(*inputs, weight, target, *options)
 
 
@@ -64,17 +70,31 @@ def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     M = problem.sizes[1]
     inputs = arguments(problem)
     weight = rule_weight(problem, inputs)
-    options = problem.activation, problem.rule, problem.prior_weight, False, False
+    options = problem.activation, problem.rule, problem.prior_weight, problem.classes, False, False
     classes, ratio, sums = ops.topk(*inputs, weight, None, *options, k)
     return classes, ratio, sums[0, M], sums[0, :M].t()
 
 
 def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """See :mod:`cdc_ops.backends`."""
-    _, M, K = problem.sizes
-    _, sums = row_sums(problem, target, loss.form == "mse", loss.kl_weight != 0, False)
-    each, _ = ops.row_loss(sums, K, problem.prior_weight, loss.form, loss.kl_weight)
+    M = problem.sizes[1]
+    _, sums = row_sums(problem, target, loss.square, loss.kl, False)
+    each, _ = ops.row_loss(sums, problem.classes, problem.prior_weight, loss.form, loss.kl_weight)
     return loss.prompt_weight * each[:M].sum(0) + loss.fused_weight * each[M]
+
+
+def prompt_log_partition(problem: Problem) -> Tensor:
+    """See :mod:`cdc_ops.backends`."""
+    return sum_prompts(problem, arguments(problem))
+
+
+def loss_sums(problem: Problem, target: Tensor, loss: LossForm) -> RowSums:
+    """See :mod:`cdc_ops.backends`."""
+    _, sums = row_sums(problem, target, loss.square, loss.kl, False)
+    log_rest, log_target, log_square, kl_sum = sums.transpose(1, 2)
+    # no kernel writes the target's own where there is none
+    log_target = torch.where(target.unsqueeze(1) >= 0, log_target, 0.0)
+    return RowSums(log_target, log_rest, log_square if loss.square else None, kl_sum if loss.kl else None)
 
 
 def fuse_evidence(evidence: Tensor, dim: int, rule: str, prior_weight: float) -> Tensor:

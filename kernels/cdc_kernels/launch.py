@@ -40,7 +40,8 @@ class Inputs:
     """What every kernel of the family reads.
 
     image [B, D] or [B, M, D] and text [M, K, D] of one dtype; float32: scale and bias [M], inverse lengths [B]
-    or [B, M] and [M, K] or None (features taken as they are), weight [B, M] of the weighted rule; target [B].
+    or [B, M] and [M, K] or None (features taken as they are), weight [B, M] of the weighted rule; target [B], -1 for
+    none of the K. classes: of the whole opinion, where text holds a shard of it; 0 stands for K.
     """
 
     image: Tensor
@@ -54,6 +55,7 @@ class Inputs:
     activation: str
     rule: str
     prior_weight: float
+    classes: int = 0
     square: bool = False
     kl: bool = False
 
@@ -95,6 +97,11 @@ class Inputs:
         return self.image.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def log_of(x: float) -> float:
+    """``ln x`` as the kernels write it, 0 included."""
+    return math.log(x) if x > 0 else float(NOTHING.value)
+
+
 def unit_last(x: Tensor) -> Tensor:
     """x with features next to each other in memory."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -110,11 +117,13 @@ class Call:
     sizes: dict[str, int]
     numbers: dict[str, float]
     flags: dict[str, Any]
+    log_others: float  # of the prior's share of a row sum: 1 over all classes, 1 - 1 / classes without the target
 
     @classmethod
     def of(cls, i: Inputs) -> Call:
         """From inputs; what is absent becomes a flag and a pointer nobody follows."""
         B, M, K, D = i.sizes
+        classes = i.classes or K
         x, t, dummy = unit_last(i.image), unit_last(i.text), i.scale
         xi = dummy if i.image_inverse is None else i.image_inverse
         return cls(
@@ -145,7 +154,7 @@ class Call:
             numbers={
                 "log_w": math.log(i.prior_weight),
                 "log_share": -math.log(M) if i.rule == "averaging" else 0.0,
-                "log_share_of_class": -math.log(K),
+                "log_share_of_class": -math.log(classes),
             },
             flags={
                 "ACTIVATION": i.activation,
@@ -158,6 +167,7 @@ class Call:
                 "UPCAST": INTERPRETED,
                 "PRECISION": "tf32" if i.tf32 else "ieee",
             },
+            log_others=0.0 if i.target is None else log_of((classes - 1) / classes),
         )
 
     @property
@@ -249,7 +259,7 @@ def run_forward(
         tiles=tiles,
         ratio_b=0 if ratio is None else ratio.stride(0),
         **call.numbers,
-        log_others=log_others(call),
+        log_others=call.log_others,
         FUSED=fused,
         SUMS=sums is not None,
         RATIO=ratio is not None,
@@ -258,14 +268,6 @@ def run_forward(
         **call.flags,
         **call.tile(config),
     )
-
-
-def log_others(call: Call) -> float:
-    """Logarithm of the prior's share of a row sum: 1 over all classes, (K - 1) / K without the target."""
-    K = call.sizes["K"]
-    if not call.flags["TARGET"]:
-        return 0.0
-    return math.log((K - 1) / K) if K > 1 else float(NOTHING.value)
 
 
 def run_finish(call: Call, partial: Tensor, sums: Tensor, tiles: int, opinions: int, add: bool) -> None:
@@ -277,7 +279,7 @@ def run_finish(call: Call, partial: Tensor, sums: Tensor, tiles: int, opinions: 
         B,
         sums.shape[1],
         tiles,
-        log_others(call),
+        call.log_others,
         ADD=add,
         TARGET=call.flags["TARGET"],
         SQUARE=call.flags["SQUARE"],

@@ -18,7 +18,8 @@ from cdc_kernels.launch import Inputs
 #: What :class:`cdc_kernels.launch.Inputs` holds, in its order; the operators take it apart into their arguments.
 INPUTS = (
     "Tensor image, Tensor text, Tensor scale, Tensor? bias, Tensor? image_inverse, Tensor? text_inverse, "
-    "Tensor? weight, Tensor? target, str activation, str rule, float prior_weight, bool square, bool kl"
+    "Tensor? weight, Tensor? target, str activation, str rule, float prior_weight, "
+    "int classes, bool square, bool kl"
 )
 
 
@@ -77,8 +78,8 @@ def _(image: Tensor, text: Tensor, scale: Tensor, *others: Any) -> tuple[Tensor,
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, activation, rule, prior_weight, square, kl, want_ratio, fused = inputs
-    ctx.options = activation, rule, prior_weight, square, kl
+    *tensors, activation, rule, prior_weight, classes, square, kl, want_ratio, fused = inputs
+    ctx.options = activation, rule, prior_weight, classes, square, kl
     ctx.want_ratio, ctx.fused = want_ratio, fused
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
@@ -103,7 +104,7 @@ def _backward(ctx: Any, g_ratio: Tensor | None, g_sums: Tensor | None) -> tuple[
         None,
         None,
         g_rows[2].t() if needs[6] else None,
-        *(None,) * 8,
+        *(None,) * 9,
     )
 
 

@@ -1,6 +1,7 @@
 """Loading a CLIP, what a backbone promises, and what it refuses."""
 
 import json
+import re
 
 import open_clip
 import pytest
@@ -10,7 +11,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from tower_reference import CONTEXT_LENGTH, TEXT, VISION, small_backbone, small_clip
 
-from cdc_models.clip import ClipBackbone, UnsupportedBackboneError, load_clip, sources
+from cdc_models import CDC, CoOp, MaPLe, ZeroShot
+from cdc_models.clip import (
+    ClipBackbone,
+    UnsupportedBackboneError,
+    encode_prompted_image,
+    encode_prompted_text,
+    load_clip,
+    sources,
+    tokenize_classes,
+)
+from cdc_models.data import test_transform as plain_transform
+from cdc_models.data import train_transform
+from cdc_models.prompts import CoupledPrompts, PromptContext
 
 MODEL_CFG = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
 
@@ -147,6 +160,34 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*received a zip file:UserWarning")
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_torchscript_archive_is_refused_and_the_advice_works(tmp_path, folder, monkeypatch):
+    """OpenAI publishes its weights as such archives, with three numbers among them that no network asks for."""
+    clip = small_clip(seed=7)
+    holder = torch.nn.Module()
+    for name, tensor in {**clip.state_dict(), "vocab_size": torch.tensor(49408)}.items():
+        *path, last = name.split(".")
+        owner = holder
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, torch.nn.Module())
+            owner = getattr(owner, part)
+        owner.register_buffer(last, tensor.half() if tensor.is_floating_point() else tensor)
+    archive = tmp_path / "pytorch_model.bin"
+    torch.jit.save(torch.jit.script(holder), archive)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL_CFG}))
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: MODEL_CFG)
+    with pytest.raises(
+        ValueError, match="TorchScript archive.*tag.*'openai'.*convert a file that you trust"
+    ) as refusal:
+        load_clip("ViT-tiny", tmp_path if folder else archive)
+    (advice,) = re.findall(r"safetensors\.torch\.save_file.*", str(refusal.value))
+    exec(f"import open_clip, safetensors.torch; {advice}", {})
+    backbone = load_clip("ViT-tiny", tmp_path / "pytorch_model.safetensors")
+    assert torch.equal(backbone.clip.visual.proj, clip.visual.proj.half().float())
+
+
 @pytest.mark.parametrize(
     ("remove", "message"), [("model.safetensors", "no weights"), ("open_clip_config.json", "no configuration")]
 )
@@ -157,9 +198,44 @@ def test_an_incomplete_folder_is_refused(tmp_path, remove, message):
         load_clip("mine", str(tmp_path))
 
 
-def test_a_configuration_without_a_network_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no 'model_cfg'"):
-        load_clip("mine", str(write_folder(tmp_path, {"preprocess_cfg": {}})))
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"preprocess_cfg": {}}', "has no 'model_cfg'"),
+        ("[]", "has no 'model_cfg'"),
+        ("{", "is not JSON"),
+        ('{"model_cfg": {}}', "does not describe a network"),
+        ('{"model_cfg": {"embed_dim": "x", "vision_cfg": {}, "text_cfg": {}}}', "does not describe a network"),
+    ],
+)
+def test_a_configuration_without_a_network_is_refused(tmp_path, config, message):
+    write_folder(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text(config)
+    with pytest.raises(ValueError, match=f"pretrained: .*open_clip_config.json {message}"):
+        load_clip("mine", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((5,), "name: expected an open_clip model name or 'bundled', got 5"),
+        ((None,), "name: .* got None"),
+        (("hf-hub:nobody/nothing",), "name: .*'hf-hub:nobody/nothing'; .*local folder.*`pretrained`"),
+        (("local-dir:/nowhere", "openai"), "name: .*'local-dir:/nowhere'"),
+        (("ViT-B-32", 5), "pretrained: expected a tag, a file, a folder or None, got 5"),
+        (("ViT-B-32", b"openai"), "pretrained: .* got b'openai'"),
+        (("ViT-B-32", ""), "pretrained: .* got ''"),
+    ],
+)
+def test_arguments_that_are_no_names(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_clip(*arguments)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", 1.5])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"device: '?{device}'? cannot be used"):
+        load_clip("bundled", device=device)
 
 
 @pytest.mark.parametrize("arguments", [("ViT-B-32", "bundled"), ("bundled", "openai")])
@@ -206,22 +282,30 @@ def test_coca_returns_unnormalised_single_features():
     assert abs(image.norm() - 1) > 1e-3
 
 
-def test_hugging_face_text_towers_are_refused_for_prompts():
-    class Encoder(HFTextEncoder):
-        def __init__(self):
-            torch.nn.Module.__init__(self)
-            self.output_dim = 32
+class StandInForAHuggingFaceTower(HFTextEncoder):
+    """Is one by type, and has nothing of one inside: the tests do without the transformers package."""
 
-        def forward(self, tokens):
-            return tokens.float() @ torch.ones(CONTEXT_LENGTH, 32)
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.output_dim = 32
 
+    def forward(self, tokens):
+        return tokens.float() @ torch.ones(CONTEXT_LENGTH, 32).cumsum(1)
+
+
+def test_a_stand_in_for_a_hugging_face_text_tower_works_for_zero_shot_and_is_refused_for_prompts():
     clip = small_clip("custom text")
-    clip.text = Encoder()
-    backbone = ClipBackbone(clip, name="hf", make_tokenizer=small_backbone().tokenizer.__class__)
+    clip.text = StandInForAHuggingFaceTower()
+    backbone = ClipBackbone(
+        clip, name="hf", make_tokenizer=lambda: open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH)
+    )
     assert backbone.embed_dim == 32
     assert backbone.encode_text(torch.ones(2, CONTEXT_LENGTH, dtype=torch.long)).shape == (2, 32)
-    for refused in (backbone.require_promptable_text, lambda: backbone.text_width, lambda: backbone.text_depth):
-        with pytest.raises(UnsupportedBackboneError, match="Encoder, not one of open_clip's own text transformers"):
+    assert ZeroShot(backbone, ["cat", "dog"]).predict(torch.zeros(1, 3, 32, 32)).prob.shape == (1, 2)
+    uses = [backbone.require_promptable_text, lambda: backbone.text_width, lambda: backbone.text_depth]
+    uses += [lambda method=method: method(backbone, ["cat", "dog"]) for method in (CoOp, MaPLe, CDC)]
+    for refused in uses:
+        with pytest.raises(UnsupportedBackboneError, match="StandIn.*, not one of open_clip's own text transformers"):
             refused()
 
 
@@ -310,10 +394,59 @@ def test_texts_that_do_not_fit_are_named_not_cut():
     assert "a cat" not in str(error.value)
 
 
-@pytest.mark.parametrize("tokens", [torch.zeros(2, CONTEXT_LENGTH), torch.zeros(3, dtype=torch.long), ["a cat"]])
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        torch.zeros(2, CONTEXT_LENGTH),
+        torch.zeros(2, CONTEXT_LENGTH, dtype=torch.bool),
+        torch.zeros(3, dtype=torch.long),
+        torch.zeros(2, CONTEXT_LENGTH - 1, dtype=torch.long),
+        torch.zeros(0, CONTEXT_LENGTH, dtype=torch.long),
+        ["a cat"],
+    ],
+)
 def test_bad_tokens_are_refused(tokens):
     with pytest.raises(ValueError, match="tokens: expected token ids"):
         small_backbone().encode_text(tokens)
+
+
+@pytest.mark.parametrize("token", [-1, 49408])
+def test_tokens_that_the_vocabulary_has_not(token):
+    with pytest.raises(ValueError, match=rf"tokens: expected ids in \[0, 49408\), got {token} to {token}"):
+        small_backbone().encode_text(torch.full((1, CONTEXT_LENGTH), token))
+
+
+def test_words_that_are_no_text():
+    with pytest.raises(ValueError, match="text: expected a text, got 5"):
+        small_backbone().encode_words(5)
+
+
+@pytest.mark.parametrize("clip", [5, None, torch.nn.Linear(2, 2)], ids=["number", "none", "layer"])
+def test_what_is_no_network(clip):
+    with pytest.raises(ValueError, match="clip: expected an open_clip CLIP.*got (int|NoneType|Linear)"):
+        ClipBackbone(clip)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: encode_prompted_text("b", None, None),
+        lambda: encode_prompted_image(None, None, None),
+        lambda: tokenize_classes("bundled", ["cat"]),
+        lambda: PromptContext("bundled", 2),
+        lambda: CoupledPrompts(5),
+        lambda: train_transform("bundled"),
+        lambda: plain_transform(small_clip()),
+    ],
+)
+def test_what_is_no_backbone(call):
+    with pytest.raises(ValueError, match="backbone: expected a ClipBackbone, as load_clip gives, got "):
+        call()
+
+
+def test_names_in_place_of_class_tokens():
+    with pytest.raises(ValueError, match="classes: expected what tokenize_classes gives, got list"):
+        encode_prompted_text(small_backbone(), ["cat"], torch.zeros(1, 2, 48))
 
 
 @pytest.mark.parametrize(

@@ -59,11 +59,17 @@ def test_class_specific_contexts():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": 0}, "n >= 1"),
-        ({"m": 0}, "m >= 1"),
+        ({"n": 0}, "n: expected a whole number >= 1, got 0"),
+        ({"m": 0}, "m: expected a whole number >= 1"),
         ({"n": 5, "words": "a photo of a"}, "at least n = 5 tokens.* has 4"),
         ({"m": 2, "words": ["a photo of a cat"]}, r"one per template \(2\), got 1"),
-        ({"n_classes": 0}, "n_classes"),
+        ({"m": 2.0}, "m: .* got 2.0"),
+        ({"n_classes": 0}, "n_classes: expected a whole number >= 1"),
+        ({"words": 5}, "words: .* got 5"),
+        ({"words": ["a photo", 5], "m": 2}, "words: .* got 5"),
+        ({"std": -1}, "std must be a finite number >= 0"),
+        ({"noise": float("nan")}, "noise must be a finite number >= 0"),
+        ({"generator": 5}, "generator: .* got 5"),
     ],
 )
 def test_bad_contexts_are_refused(options, message):
@@ -71,7 +77,7 @@ def test_bad_contexts_are_refused(options, message):
         PromptContext(small_backbone(), **({"n": 2} | options))
 
 
-@pytest.mark.parametrize("depth", [0, 4])
+@pytest.mark.parametrize("depth", [0, 4, 1.5, "2", True])
 def test_coupled_prompts_are_no_deeper_than_the_towers(depth):
     with pytest.raises(ValueError, match=r"depth: expected 1\.\.3"):
         CoupledPrompts(small_backbone(), depth=depth)
@@ -143,12 +149,14 @@ def test_filling_templates():
 @pytest.mark.parametrize(
     ("templates", "names", "message"),
     [
-        (["a photo."], ["cat"], r"exactly one '\{\}' in each, got \['a photo.'\]"),
+        (["a photo."], ["cat"], r"templates: .*exactly one '\{\}', got 'a photo.'"),
         (["{} {}"], ["cat"], "exactly one"),
         ([], ["cat"], "templates: expected a non-empty"),
         ("a {}.", ["cat"], "templates: expected a non-empty"),
         (["a {}."], [], "names: expected a non-empty"),
         (["a {}."], "cat", "names: expected a non-empty"),
+        (5, ["cat"], "templates: expected a non-empty .* got 5"),
+        ([5], ["cat"], "templates: .*exactly one .* got 5"),
     ],
 )
 def test_bad_templates_are_refused(templates, names, message):

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ PAGE = (Path(__file__).parents[2] / "docs/commands.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:.*figures will not compare with published ones")
-def test_the_pages_commands_run(tmp_path, monkeypatch, photos, cdc):
+def test_the_pages_commands_run(tmp_path, monkeypatch, photos, cdc, cdc_command):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_photos").symlink_to(photos)
     (tmp_path / "new_photos").symlink_to(photos / "blue square")
@@ -23,13 +24,16 @@ def test_the_pages_commands_run(tmp_path, monkeypatch, photos, cdc):
         if dataset.name in ("EuroSAT", "DescribableTextures"):
             split_file_tree(tmp_path / "data", dataset, classes=2, images=4)
     commands = [line for block in re.findall(r"```console\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for line in commands:
         program, *arguments = shlex.split(line)
         small = {"train": ["--epochs=1", "--shots=1"], "protocol": ["--epochs=1", "--shots=1", "--seeds=[1]"]}
         if arguments[0] == "protocol":
             arguments.append("--backbone=bundled")  # no download in a test
-        status, _, err = cdc(*arguments, *small.get(arguments[0], []))
+        if arguments[0] == "report":
+            shutil.copytree("runs/b2n", "runs/b2n-seed-4")
+        call = cdc_command if arguments[0] == "report" else cdc
+        status, _, err = call(*arguments, *small.get(arguments[0], []))
         assert program == "cdc" and status == 0, (line, err)
     assert (tmp_path / "runs/answers/part-00000.parquet").is_file() and (tmp_path / "runs/b2n/table.tex").is_file()
 

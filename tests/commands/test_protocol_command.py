@@ -6,7 +6,6 @@ from statistics import stdev
 
 import pytest
 import yaml
-from trees import SPLIT_FILES, SYNSETS, imagenet_tree, split_file_tree, variant_tree
 
 from cdc_models.data import harmonic_mean
 from cdc_models.methods import CoOp
@@ -23,30 +22,8 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="session")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("datasets")
-    for dataset in SPLIT_FILES:
-        if dataset.name in ("EuroSAT", "DescribableTextures"):
-            split_file_tree(root, dataset, classes=4, images=6)
-    imagenet_tree(root)
-    variant_tree(root, "ImageNetR", sorted(SYNSETS)[:2])
-    return root
-
-
 def results(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="session")
-def finished(root, tmp_path_factory):
-    """A folder with a finished base-to-new run."""
-    from cdc_models.cli import main
-
-    out = tmp_path_factory.mktemp("protocol") / "run"
-    data = [f"--root={root}", "--datasets=[eurosat,DTD]"]
-    main(["protocol", "base-to-new", *SMALL, *data, f"--out={out}", "--workers=0", "--quiet"])
-    return out
 
 
 def test_base_to_new_rows(finished):

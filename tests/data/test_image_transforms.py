@@ -89,3 +89,15 @@ def test_grey_is_grey_and_names_join():
 def test_unknown_views(names):
     with pytest.raises(ValueError, match="names"):
         Views(names, MEAN, STD)
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.5,), STD), (MEAN, (1, 1)), (MEAN, (1, 0, 1))])
+def test_views_need_three_channels(mean, std):
+    with pytest.raises(ValueError, match="mean, std: expected three numbers each"):
+        Views(["grey"], mean, std)
+
+
+@pytest.mark.parametrize("scale", [(2, 1), (0.5, 0.2), (0, 1), (-1, 1)])
+def test_crops_are_parts_of_the_image(scale, bundled):
+    with pytest.raises(ValueError, match="scale: expected 0 < low <= high <= 1"):
+        train_transform(bundled, scale=scale)

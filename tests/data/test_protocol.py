@@ -81,6 +81,9 @@ def test_parts_out_of_range(parts):
 def test_published_harmonic_mean():
     assert round(harmonic_mean(82.28, 75.14), 2) == 78.55
     assert harmonic_mean(0.0, 50.0) == 0.0
+    for base, new, named in ((-1, 1, "base"), (1, float("nan"), "new"), ("x", 1, "base"), (1, None, "new")):
+        with pytest.raises(ValueError, match=f"{named} must be a finite number >= 0"):
+            harmonic_mean(base, new)
 
 
 @pytest.mark.parametrize("values", [[], [3], [3, 3]])

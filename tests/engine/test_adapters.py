@@ -96,6 +96,46 @@ def test_tampered_tensors(saved, backbone):
         load_adapter(path, backbone)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-38, 1e38])
+def test_a_temperature_that_calibration_never_gives(value, backbone, coloured, tmp_path):
+    path = save_adapter(METHODS["zero_shot"](backbone, CLASSES), tmp_path / "a.safetensors")
+    rewrite(path, {"temperature": torch.tensor(value)})
+    with pytest.raises(AdapterError, match="temperature must stand for numbers between"):
+        load_adapter(path, backbone)
+
+
+@pytest.mark.parametrize("value", [-200.0, 200.0])
+def test_a_scale_of_evidence_that_no_number_holds(value, saved, backbone):
+    tensors = load_file(saved[1])
+    rewrite(saved[1], tensors | {"head.log_scale": torch.full_like(tensors["head.log_scale"], value)})
+    with pytest.raises(AdapterError, match="head.log_scale must stand for numbers between"):
+        load_adapter(saved[1], backbone)
+
+
+def test_what_cannot_be_saved_or_loaded(saved, backbone, tmp_path):
+    model, path = saved
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="summary: expected what JSON holds"):
+        save_adapter(model, path, {"model": model})
+    with pytest.raises(ValueError, match="model: expected a method.*ClipBackbone"):
+        save_adapter(backbone, path)
+    with torch.no_grad():
+        model.prompts.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="model: values that are not finite in prompts.weight; nothing was written"):
+        save_adapter(model, path)
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="backbone: expected a ClipBackbone.*str"):
+        load_adapter(path, "bundled")
+    for names, message in (
+        ([], "empty list"),
+        (["a", "a"], "same class"),
+        (["a b " * 30], "too long"),
+        ("cat", "names"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_adapter(path, backbone, names)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_truncated_file(keep, saved, backbone):
     path = saved[1]

@@ -1,6 +1,7 @@
 """Evaluation against torchmetrics, enumeration, and what the figures must obey."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from cdc_models import CDC, CoOp, MaPLe, ZeroShot, calibrate, evaluate, load_adapter, save_adapter
-from cdc_models.engine import extract_features
+from cdc_models.engine import Features, extract_features
 from cdc_models.engine.evaluate import area_under_risk_coverage
 
 CLASSES = ["red", "green", "blue"]
@@ -45,6 +46,17 @@ def test_features_stand_for_their_loader(backbone, coloured, unknown):
     direct = evaluate(model, [coloured], unknown=unknown, progress=False)
     read = [extract_features(model, x, progress=False) for x in ([coloured], unknown)]
     assert evaluate(model, read[0], unknown=read[1]).numbers() | {"seconds": 0} == direct.numbers() | {"seconds": 0}
+
+
+def test_a_probability_above_one_by_rounding_does_not_pass_for_a_logit(backbone, coloured, monkeypatch):
+    model = ZeroShot(backbone, CLASSES)
+    certain = torch.zeros(24, 3)
+    certain[:, 0] = 1 + 2**-22
+    said = model.predict(coloured[0])
+    monkeypatch.setattr(model, "predict_features", lambda *_: replace(said, prob=certain))
+    result = evaluate(model, [coloured], progress=False)
+    assert result.ece == pytest.approx(1 - result.accuracy, abs=1e-6)
+    assert float(result.prob.max()) == 1
 
 
 @settings(deadline=None)
@@ -129,6 +141,92 @@ def test_bad_loaders(backbone, coloured):
         calibrate(model, [])
     with pytest.raises(ValueError, match=r"targets.*\[0, 3\).*5"):
         evaluate(model, [(coloured[0], coloured[1] + 3)], progress=False)
+
+
+METHODS = {
+    "zero-shot": lambda b: ZeroShot(b, CLASSES, ["a photo of a {}.", "{}."]),
+    "CoOp": lambda b: CoOp(b, CLASSES),
+    "MaPLe": lambda b: MaPLe(b, CLASSES, depth=2),
+    "CDC": lambda b: CDC(b, CLASSES, image_prompts=False),
+    "CDC untrusted": lambda b: CDC(b, CLASSES, image_prompts=False, trusted=False),
+}
+TARGETS = torch.tensor([0, 1, 2, 0])
+BAD_FEATURES = {
+    "none": (Features(torch.empty(0, 16), torch.empty(0).long()), "loader: expected features of at least one"),
+    "size": (Features(torch.ones(4, 8), TARGETS), r"image: expected features \[B, 16\].*\[4, 8\]"),
+    "templates": (Features(torch.ones(4, 5, 16), TARGETS), r"image must have shape \[B, 16\].*\[4, 5, 16\]"),
+    "one dimension": (Features(torch.ones(16), TARGETS), r"image: expected features \[B, 16\].*\[16\]"),
+    "integers": (Features(torch.ones(4, 16).int(), TARGETS), "image must be a floating-point tensor.*int32"),
+    "nan": (Features(torch.full((4, 16), torch.nan), TARGETS), "image must be finite; got 64"),
+    "no tensor": (Features([1.0], TARGETS), "image must be a floating-point tensor.*list"),
+    "too few": (Features(torch.ones(3, 16), TARGETS), r"targets: expected shape \[3\].*\(4,\)"),
+    "list": (Features(torch.ones(4, 16), [0, 1, 2, 0]), "targets: expected a tensor.*list"),
+    "floats": (Features(torch.ones(4, 16), TARGETS.float()), "targets: expected integer class indices"),
+    "out of range": (Features(torch.ones(4, 16), TARGETS + 1), r"targets: .*\[0, 3\), got 1 to 3"),
+    "negative": (Features(torch.ones(4, 16), TARGETS - 1), r"targets: .*\[0, 3\), got -1 to 1"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("what", BAD_FEATURES)
+def test_bad_features(method, what, backbone):
+    model, (features, message) = METHODS[method](backbone), BAD_FEATURES[what]
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, features, progress=False)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, features)
+    if what not in ("too few", "list", "floats", "out of range", "negative"):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, Features(torch.ones(4, 16), TARGETS), unknown=features, progress=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("broken", ["image", "text"])
+def test_a_prediction_from_features_that_are_not_finite(method, broken, backbone):
+    model = METHODS[method](backbone)
+    given = {"image": torch.ones(2, 16), "text": model.cached_text_features().clone()}
+    given[broken][0] = torch.nan
+    with pytest.raises(ValueError, match=rf"{broken}\b.*must be finite"):
+        model.predict_features(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int32])
+def test_targets_of_any_integer_dtype(dtype, backbone, coloured):
+    images, targets = coloured
+    model = METHODS["CoOp"](backbone)
+    assert evaluate(model, [(images, targets.to(dtype))] * 2, progress=False).count == 48
+    assert float(model.loss(images, targets.to(dtype)).detach()) == float(model.loss(images, targets).detach())
+    same = [calibrate(copy.deepcopy(model), [(images, t)]) for t in (targets.to(dtype), targets)]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calibration_and_inference_mode(method, backbone, coloured):
+    """Neither features made under it nor a call under it keeps calibration from its gradients."""
+    ways = []
+    for inside in (None, "features", "call"):
+        model = METHODS[method](backbone)
+        with torch.inference_mode(inside == "features"):
+            features = extract_features(model, [coloured], progress=False)
+        with torch.inference_mode(inside == "call"):
+            ways.append(calibrate(model, features))
+    assert ways[0] == ways[1] == ways[2]
+
+
+@pytest.mark.parametrize("max_iter", [0, 1.5, "many"])
+def test_calibration_needs_iterations(max_iter, backbone, coloured):
+    with pytest.raises(ValueError, match="max_iter: expected a whole number >= 1"):
+        calibrate(ZeroShot(backbone, CLASSES), [coloured], max_iter=max_iter)
+
+
+def test_what_is_no_method_or_loader(backbone, coloured):
+    for call in (evaluate, calibrate, extract_features):
+        with pytest.raises(ValueError, match="model: expected a method.*ClipBackbone"):
+            call(backbone, [coloured])
+        with pytest.raises(ValueError, match="loader: expected a DataLoader.*int"):
+            call(ZeroShot(backbone, CLASSES), 5)
+        with pytest.raises(ValueError, match="loader: expected batches.*Tensor"):
+            call(ZeroShot(backbone, CLASSES), [coloured[0]])
 
 
 def test_one_class(backbone, coloured):

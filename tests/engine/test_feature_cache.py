@@ -170,12 +170,22 @@ def test_what_cannot_be_cached_is_refused(backbone, photos, tmp_path, coloured):
         cached(CoOp(backbone, CLASSES), photos.with_transform(None), tmp_path)
     with pytest.raises(ValueError, match="empty list"):
         cached(CoOp(backbone, CLASSES), photos.subset([]), tmp_path)
-    with pytest.raises(ValueError, match="draws"):
-        cached(CoOp(backbone, CLASSES), photos, tmp_path, draws=0)
+    for wrong in ({"draws": 0}, {"draws": 1.5}, {"num_workers": -1}, {"seed": "x"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected a whole number"):
+            cached(CoOp(backbone, CLASSES), photos, tmp_path, **wrong)
+    with pytest.raises(ValueError, match="model: expected a method.*ClipBackbone"):
+        cached(backbone, photos, tmp_path)
+    with pytest.raises(ValueError, match="images: expected an ImageList, got list"):
+        cached(CoOp(backbone, CLASSES), [photos[0]], tmp_path)
     with pytest.raises(ValueError, match="needs images"):
         MaPLe(backbone, CLASSES, depth=2).loss(torch.zeros(3, 16), coloured[1][:3])
-    with pytest.raises(ValueError, match="batch_size"):
-        FeatureLoader(cached(CoOp(backbone, CLASSES), photos, tmp_path), 0, seed=1)
+    features = cached(CoOp(backbone, CLASSES), photos, tmp_path)
+    for arguments, message in (((features, 0, 1), "batch_size"), ((features, 5, "x"), "seed"), ((5, 5, 1), "cached")):
+        with pytest.raises(ValueError, match=f"{message}: expected"):
+            FeatureLoader(*arguments)
+    for draw in (1, -1, "x"):
+        with pytest.raises(ValueError, match=r"draw: expected a whole number in \[0, 1\)"):
+            features.features(draw)
     lost = ImageList(tmp_path, [("no.png", 0)], CLASSES, photos.transform)
     with pytest.raises(DatasetError, match="no image can be read"):
         cached(CoOp(backbone, CLASSES), lost, tmp_path)

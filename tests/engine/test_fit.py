@@ -30,6 +30,9 @@ def test_schedule_is_maples():
         [1e-5] + [0.00175 * (1 + math.cos(math.pi * e / 5)) for e in range(4)]
     )
     assert learning_rate(0, 5, 0.1, warmup_epochs=0) == 0.1
+    for epoch, epochs in ((-1, 5), (0, 0), (0.5, 5)):
+        with pytest.raises(ValueError, match="epochs?: expected a whole number"):
+            learning_rate(epoch, epochs, 0.1)
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -90,11 +93,83 @@ def test_the_evidence_head_does_not_decay(backbone):
 
 
 @pytest.mark.parametrize(
-    "change", [{"epochs": -1}, {"lr": 0.0}, {"lr": float("inf")}, {"momentum": 1.0}, {"weight_decay": -1}]
+    "change",
+    [
+        {"epochs": -1},
+        {"epochs": 2.5},
+        {"epochs": True},
+        {"warmup_epochs": 1.5},
+        {"checkpoint_every": -1},
+        {"lr": 0.0},
+        {"lr": float("inf")},
+        {"lr": "fast"},
+        {"momentum": 1.0},
+        {"momentum": None},
+        {"weight_decay": -1},
+        {"weight_decay": float("inf")},
+        {"warmup_lr": -1},
+        {"warmup_lr": float("nan")},
+        {"seed": "x"},
+        {"seed": 1.5},
+        {"seed": 2**64},
+        {"autocast": "bf16"},
+        {"autocast": torch.float64},
+        {"on_epoch": 5},
+    ],
+    ids=str,
 )
 def test_bad_settings(change, backbone, coloured):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        fit(CoOp(backbone, CLASSES), [coloured], progress=False, **change)
+    ((argument, _),) = change.items()
+    model = CoOp(backbone, CLASSES)
+    before = model.context.vectors.detach().clone()
+    with pytest.raises(ValueError, match=f"^{argument}\\b.*expected|^{argument} must be"):
+        fit(model, [coloured], progress=False, **change)
+    assert torch.equal(model.context.vectors, before)
+
+
+@pytest.mark.parametrize("loader", [5, None, "photos", torch.zeros(2, 3, 32, 32), TensorDataset(torch.zeros(2))])
+def test_what_is_no_loader(loader, backbone):
+    with pytest.raises(ValueError, match=r"loader: expected a DataLoader or .*got (int|None|str|Tensor)"):
+        fit(CoOp(backbone, CLASSES), loader, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        (torch.zeros(2, 3, 32, 32), "a Tensor"),
+        ({"image": 1}, "a dict"),
+        ((torch.zeros(2, 3, 32, 32),), "a tuple of 1"),
+        (("a.png", 0), "a tuple of 2"),
+        ((torch.zeros(2, 3, 32, 32), ["red", "green"]), r"\['red', 'green'\]"),
+    ],
+    ids=["images", "dict", "no targets", "paths", "names"],
+)
+def test_what_is_no_batch(batch, told, backbone):
+    with pytest.raises(ValueError, match=f"loader: expected .*got {told}"):
+        fit(CoOp(backbone, CLASSES), [batch], progress=False)
+
+
+def test_targets_may_be_a_list(backbone, coloured):
+    images, targets = coloured
+    assert fit(CoOp(backbone, CLASSES), [(images, targets.tolist())], epochs=1, progress=False).steps == 1
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_batches_made_under_inference_mode(which, backbone, coloured):
+    models = [adapters(backbone)[which] for _ in range(2)]
+    with torch.inference_mode():
+        images = coloured[0].clone()
+        batches = [(models[0].image_features(images) if models[0].frozen_image else images, coloured[1].clone())]
+    fit(models[0], batches, epochs=2, progress=False)
+    fit(models[1], [coloured], epochs=2, progress=False)
+    learned = zip(*(m.learned_parameters().values() for m in models), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in learned)
+
+
+@pytest.mark.parametrize("model", [None, "cdc", torch.nn.Linear(2, 2)], ids=["none", "name", "layer"])
+def test_what_is_no_method(model, coloured):
+    with pytest.raises(ValueError, match="model: expected a method.*got (NoneType|str|Linear)"):
+        fit(model, [coloured], progress=False)
 
 
 def test_nothing_to_learn(backbone, coloured):
@@ -105,7 +180,15 @@ def test_nothing_to_learn(backbone, coloured):
 def test_a_diverging_loss_is_reported_before_it_spreads(backbone, coloured):
     model = CoOp(backbone, CLASSES)
     with pytest.raises(ValueError, match="loss became (nan|inf).*smaller lr"):
-        fit(model, [coloured] * 50, epochs=3, lr=1e38, warmup_epochs=0, progress=False)
+        fit(model, [coloured] * 50, epochs=3, lr=1e30, warmup_epochs=0, progress=False)
+
+
+def test_a_loss_that_refuses_diverged_parameters_is_reported_as_their_fault(backbone, coloured):
+    model = CDC(backbone, CLASSES, depth=2, views=None)
+    with torch.no_grad():
+        model.prompts.text_prompts.fill_(float("nan"))
+    with pytest.raises(ValueError, match="parameters are not finite after step 0; try a smaller lr than 0.1"):
+        fit(model, [coloured], lr=0.1, progress=False)
 
 
 def test_progress_bar_is_shown(backbone, coloured, capsys):
@@ -123,6 +206,6 @@ def test_a_loader_that_gives_nothing_is_refused(backbone, coloured):
 def test_no_checkpoint_of_parameters_that_are_not_finite(backbone, coloured, tmp_path):
     model, path = CoOp(backbone, CLASSES), tmp_path / "run.safetensors"
     with pytest.raises(ValueError, match="not finite after step|loss became"):
-        fit(model, [coloured] * 9, lr=1e38, warmup_epochs=0, checkpoint=path, checkpoint_every=1, progress=False)
+        fit(model, [coloured] * 9, lr=1e30, warmup_epochs=0, checkpoint=path, checkpoint_every=1, progress=False)
     assert not model.training
     assert all(bool(t.isfinite().all()) for n, t in load_file(path).items() if n.startswith("model."))

@@ -42,7 +42,7 @@ def inputs(B=2, M=2, K=5, D=6, grad=True, bias=True):
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck_row_sums(bias):
     target = torch.tensor([1, 4])
-    options = ("exp", "dempster", 5.0, True, True, True, True)
+    options = ("exp", "dempster", 5.0, 5, True, True, True, True)
     torch.library.opcheck(ops.row_sums, (*inputs(bias=bias), None, target, *options))
 
 
@@ -50,7 +50,7 @@ def test_opcheck_row_sums(bias):
 def test_opcheck_row_sums_of_prompts_alone(path):
     with configs.force_path(path):
         torch.library.opcheck(
-            ops.row_sums, (*inputs(), None, None, "softplus", "cumulative", 5.0, False, False, False, False)
+            ops.row_sums, (*inputs(), None, None, "softplus", "cumulative", 5.0, 5, False, False, False, False)
         )
 
 
@@ -58,7 +58,7 @@ def test_opcheck_row_sums_of_prompts_alone(path):
 def test_opcheck_backward(path):
     x = inputs(grad=False)
     planes, ratio = torch.rand(7, 3, 2), torch.rand(2, 5)
-    options = ("exp", "weighted", 5.0, False, False)
+    options = ("exp", "weighted", 5.0, 5, False, False)
     arguments = (*x, torch.rand(2, 2), None, *options, planes, ratio, None, True, False, True, True)
     with configs.force_path(path):
         torch.library.opcheck(ops.row_sums_backward, arguments)
@@ -93,7 +93,7 @@ def test_opcheck_row_loss():
 
 
 def test_opcheck_topk():
-    torch.library.opcheck(ops.topk, (*inputs(grad=False), None, None, "exp", "dempster", 5.0, False, False, 2))
+    torch.library.opcheck(ops.topk, (*inputs(grad=False), None, None, "exp", "dempster", 5.0, 5, False, False, 2))
 
 
 def fused_loss(x, t, scale, bias, backend):
@@ -262,7 +262,7 @@ def test_targets_out_of_range(target):
     ],
 )
 def test_operators_called_directly_refuse_what_does_not_fit(at, value, words):
-    arguments = [*inputs(grad=False), None, None, "exp", "dempster", 5.0, False, False]
+    arguments = [*inputs(grad=False), None, None, "exp", "dempster", 5.0]
     arguments[at] = value
     with pytest.raises(ValueError, match=words):
         launch.row_sums(launch.Inputs(*arguments), True)

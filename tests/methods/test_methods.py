@@ -1,8 +1,5 @@
 """ZeroShot, CoOp, MaPLe and CDC as users build them."""
 
-import doctest
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,6 +194,26 @@ def test_bf16_autocast_keeps_the_adapter_in_float32(backbone, coloured):
         assert all(p.grad.dtype == torch.float32 for p in model.learned_parameters().values())
 
 
+@pytest.mark.parametrize("name", [*METHODS, "untrusted"])
+def test_what_autocast_leaves_in_float32(name, backbone, images):
+    """Towers run in bfloat16; logits, probabilities and losses never: eight bits do not hold a logit of 100."""
+    model = build("cdc", backbone, trusted=False) if name == "untrusted" else build(name, backbone)
+    text = model.cached_text_features()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = model.image_features(images)
+        said, exact = model.predict_features(features, text), model.predict_features(features.float(), text)
+        loss = model.objective(features, text, torch.arange(5) % 3)
+    assert features.dtype == torch.bfloat16
+    with torch.no_grad():
+        plain = model.objective(features.float(), text, torch.arange(5) % 3)
+    for given, want in ((said.prob, exact.prob), (said.uncertainty, exact.uncertainty), (loss, plain)):
+        assert given.dtype == torch.float32 and torch.allclose(given, want, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(said.prob.sum(-1), torch.ones(5), rtol=0, atol=1e-6)
+    if name in ("cdc", "untrusted"):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(model.template_prob(features).sum(-1), torch.ones(5, 4), rtol=0, atol=1e-6)
+
+
 def test_views_may_come_from_the_loader(backbone, coloured):
     images, targets = coloured
     model = build("cdc", backbone, views=None)
@@ -222,11 +239,33 @@ def test_bad_targets(name, targets, message, backbone, images):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     ("names", "message"),
-    [([], "names"), (["cat", "cat"], "names.*cat"), (["cat", " "], "names"), (["a b " * 30], "long")],
+    [
+        ([], "names: .*empty list"),
+        (["cat", "cat"], "names: 'cat' and 'cat' are the same class"),
+        (["Cat", "cat"], "names: 'cat' and 'Cat' are the same class"),
+        (["a_cat", "a cat"], "names: 'a cat' and 'a_cat' are the same class"),
+        (["cat", " "], "names: .*blank"),
+        (["a b " * 30], "too long"),
+        ("cat", "names: expected a sequence"),
+        (["cat", 5], "names: expected a sequence"),
+        (None, "names: expected a sequence"),
+        ({"cat": 0}, "names: expected a sequence"),
+    ],
 )
-def test_bad_class_names(name, names, message, backbone, images):
+def test_bad_class_names(name, names, message, backbone):
+    """When a method is built, and when it moves to other classes."""
     with pytest.raises(ValueError, match=message):
-        build(name, backbone, names).predict(images)
+        build(name, backbone, names)
+    with pytest.raises(ValueError, match=message):
+        build(name, backbone).with_classes(names)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_text_features_of_other_classes(name, backbone):
+    model = build(name, backbone)
+    text = model.with_classes(["spoon", "fork"]).cached_text_features()
+    with pytest.raises(ValueError, match="text: expected features of 3 classes"):
+        model.predict_features(torch.ones(2, 16), text)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -312,16 +351,63 @@ def test_targets_of_any_integer_dtype(dtype, backbone, images):
         model.loss(images, [0, 1, 2, 0, 1])
 
 
+BAD_IMAGES = {
+    "uint8": torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+    "size": torch.zeros(2, 3, 30, 32),
+    "channels": torch.zeros(2, 1, 32, 32),
+    "one image": torch.zeros(3, 32, 32),
+    "none": torch.zeros(0, 3, 32, 32),
+    "templates": torch.zeros(2, 3, 3, 32, 32),
+    "nan": torch.full((2, 3, 32, 32), torch.nan),
+    "inf": torch.full((2, 3, 32, 32), torch.inf),
+    "device": torch.zeros(2, 3, 32, 32, device="meta"),
+    "list": [[0.0]],
+    "nothing": None,
+    "path": "photo.png",
+}
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_bad_images(name, backbone):
-    model = build(name, backbone)
-    for wrong in (
-        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
-        torch.zeros(2, 3, 30, 32),
-        torch.full((2, 3, 32, 32), torch.nan),
-    ):
-        with pytest.raises(ValueError, match="images"):
-            model.predict(wrong)
+@pytest.mark.parametrize("what", BAD_IMAGES)
+def test_bad_images(name, what, backbone):
+    with pytest.raises(ValueError, match="images"):
+        build(name, backbone).predict(BAD_IMAGES[what])
+
+
+@pytest.mark.parametrize("name", ["coop", "maple", "cdc", "cdc without image prompts", "cdc without views"])
+@pytest.mark.parametrize("what", BAD_IMAGES)
+def test_bad_images_to_train_on(name, what, backbone):
+    """Also where views come first, which would make pixels of anything."""
+    changes = {"image prompts": {"image_prompts": False}, "views": {"views": None}}.get(name[12:], {})
+    images = BAD_IMAGES[what]
+    count = len(images) if isinstance(images, torch.Tensor) else 2
+    message = "targets: expected at least one image" if what == "none" else r"images?\b"
+    with pytest.raises(ValueError, match=message):
+        build(name.split()[0], backbone, **changes).loss(images, torch.zeros(count, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["coop", "cdc"])
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (torch.zeros(2, 15), r"images: expected features \[B, 16\].*\[2, 15\]"),
+        (torch.zeros(2, 16).int(), "images must be a floating-point tensor.*int32"),
+        (torch.full((2, 16), torch.inf), "images must be finite"),
+        (torch.zeros(2, 7, 16), r"image must have shape .*\[2, 7, 16\]"),
+        (torch.zeros(2), r"images: expected features .*\[2\]"),
+        (torch.zeros(2, 16, device="meta"), "images: features are on meta, the backbone is on cpu"),
+    ],
+)
+def test_bad_features_to_train_on(name, features, message, backbone):
+    model = build(name, backbone, **({"image_prompts": False} if name == "cdc" else {}))
+    with pytest.raises(ValueError, match=message):
+        model.loss(features, torch.zeros(2, dtype=torch.long))
+
+
+def test_features_for_each_template_need_templates_of_their_own(backbone):
+    model = ZeroShot(backbone, CLASSES, ["a {}.", "{}."])
+    with pytest.raises(ValueError, match=r"image: expected \[B, D\].*\[4, 2, 16\]"):
+        model.logits(torch.ones(4, 2, 16), model.text_features())
 
 
 def test_bad_options(backbone):
@@ -336,24 +422,3 @@ def test_bad_options(backbone):
     with pytest.raises(TypeError, match="learns nothing"):
         ZeroShot(backbone, CLASSES).loss(torch.zeros(1, 3, 32, 32), torch.tensor([0]))
     assert len(DEFAULT_VIEWS) == 4
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "cdc_models.methods.zero_shot",
-        "cdc_models.methods.coop",
-        "cdc_models.methods.maple",
-        "cdc_models.methods.cdc",
-        "cdc_models.data.protocol",
-        "cdc_models.data.scenes",
-        "cdc_models.data.transforms",
-        "cdc_models.data.emoji",
-        "cdc_models.engine.fit",
-        "cdc_models.engine.evaluate",
-        "cdc_models.clip.tokenizer",
-    ],
-)
-def test_examples_in_docstrings(module):
-    result = doctest.testmod(importlib.import_module(module))
-    assert result.attempted > 0 and result.failed == 0

@@ -28,6 +28,22 @@ NAN = float("nan")
         (CDC, {"noise": -0.1}, "noise"),
         (CDC, {"n_templates": 0, "views": None}, "n_templates"),
         (CDC, {"n_templates": 1.5, "views": None}, "n_templates"),
+        (CDC, {"views": 5}, "views"),
+        (CDC, {"views": "none"}, "views"),
+        (CDC, {"views": [1, 2, 3, 4]}, "names"),
+        (CDC, {"hand_crafted": 5}, "hand_crafted"),
+        (CDC, {"trusted": "false"}, "trusted"),
+        (CDC, {"evidence_head": None}, "evidence_head"),
+        (CDC, {"image_prompts": 1}, "image_prompts"),
+        (CDC, {"words": 5}, "words"),
+        (CDC, {"words": ["a photo of a"]}, "words"),
+        (CoOp, {"class_specific": "no"}, "class_specific"),
+        (CoOp, {"words": ["a photo of a", "a"]}, "words"),
+        (CoOp, {"words": "a", "n_ctx": 2}, "words"),
+        (ZeroShot, {"templates": 5}, "templates"),
+        (ZeroShot, {"templates": ["a {}.", None]}, "templates"),
+        *[(method, {"depth": depth}, "depth") for method in (MaPLe, CDC) for depth in (0, 4, 1.5, "2", True)],
+        *[(method, {"seed": seed}, "seed") for method in (CoOp, MaPLe, CDC) for seed in (None, "x", 1.5, 2**64)],
         (CDC, {"image_start": 3}, "image_start"),
         (CDC, {"image_start": 1.5, "depth": 1}, "image_start"),
         (CDC, {"image_start": 1, "depth": 3}, "depth"),
@@ -41,6 +57,13 @@ NAN = float("nan")
 def test_an_option_out_of_range_is_named(method, options, argument, backbone):
     with pytest.raises(ValueError, match=f"^{argument}"):
         method(backbone, CLASSES, **options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("wrong", [None, "bundled", torch.nn.Linear(2, 2)], ids=["none", "name", "layer"])
+def test_what_is_no_backbone(name, wrong):
+    with pytest.raises(ValueError, match="^backbone: expected a ClipBackbone.*got (NoneType|str|Linear)"):
+        METHODS[name](wrong, CLASSES)
 
 
 @pytest.mark.parametrize("name", ["coop", "maple", "cdc"])

@@ -12,7 +12,7 @@ import pytest
 import cdc_ops
 
 MODULES = ["cdc_ops", *(m.name for m in pkgutil.walk_packages(cdc_ops.__path__, "cdc_ops."))]
-WITH_EXAMPLES = {"checks", "evidence", "frontdoor", "fusion", "losses", "modules", "opinion", "similarity"}
+WITH_EXAMPLES = {"checks", "evidence", "frontdoor", "fusion", "losses", "modules", "opinion", "parallel", "similarity"}
 
 
 @pytest.mark.parametrize("name", MODULES)

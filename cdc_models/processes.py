@@ -1,0 +1,185 @@
+"""Several processes that do one run together, as torchrun or accelerate launch starts them.
+
+Every process has the whole model and computes on its share of each batch. What has to be one is made one here: the
+gradients are summed, and what only one process may do (write, print) is done by the first.
+
+Gradients are summed by one all-reduce after the backward pass, and not by DistributedDataParallel: that wraps
+`forward`, where a method has `loss`; its worth is to send while the backward pass still runs, where an adapter has
+megabytes at most to send; and it averages over processes, where an uneven last batch must be averaged over images.
+
+All functions here are of no effect in a process that is alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import Tensor
+
+__all__ = [
+    "FirstFailed",
+    "gather_json",
+    "gather_tensors",
+    "in_step",
+    "is_first",
+    "joined",
+    "local_rank",
+    "on_first",
+    "part",
+    "share_tensors",
+    "sum_gradients",
+]
+
+Item = TypeVar("Item")
+
+
+class FirstFailed(RuntimeError):
+    """The first process could not do what the others waited for; it says why itself."""
+
+
+def part() -> tuple[int, int]:
+    """(r, n): this is process r of n. (0, 1) where nothing was joined."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return part()[0] == 0
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine, as the launcher counts them."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that a launcher started beside this one, and part from them at the end.
+
+    Of no effect where there is one process, or where the caller has made a process group already.
+
+    Raises:
+        ValueError: if the launcher has not said where the processes meet (MASTER_ADDR and MASTER_PORT).
+
+    Example:
+        >>> with joined():
+        ...     print(part())
+        (0, 1)
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # One process may have hours of work more than another, when it predicts; a launcher ends all if one dies.
+    dist.init_process_group(backend, timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def on_first(do: Callable[[], object]) -> None:
+    """Do something in the first process alone, while the others wait; if it fails there, all stop.
+
+    Raises:
+        FirstFailed: in the other processes, if it failed; the first raises what `do` raised.
+    """
+    error: Exception | None = None
+    if is_first():
+        try:
+            do()
+        except Exception as caught:
+            error = caught
+    told = gather_json(None if error is None else str(error))[0]
+    if error is not None:
+        raise error
+    if told is not None:
+        raise FirstFailed(f"the first process stopped: {told}")
+
+
+def gather_json(value: Any) -> list[Any]:
+    """What each process gave, by rank; between processes it travels as JSON, so tuples come back as lists."""
+    if part()[1] == 1:
+        return [value]
+    return [json.loads(message) for message in _gather(json.dumps(value).encode())]
+
+
+def gather_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors that each process gave, by rank, on the CPU; names and shapes may differ."""
+    if part()[1] == 1:
+        return [tensors]
+    return [load(message) for message in _gather(save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))]
+
+
+def share_tensors(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the first one's values, in place."""
+    if part()[1] > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
+
+
+def in_step(batches: Iterable[Item], empty: Item) -> Iterator[Item]:
+    """The batches of this process for as long as any process has one; `empty` when this one has none left."""
+    if part()[1] == 1:
+        yield from batches
+        return
+    rest = iter(batches)
+    while True:
+        batch = next(rest, None)
+        left = torch.tensor(int(batch is not None), device=_device())
+        dist.all_reduce(left)
+        if not left:
+            return
+        yield empty if batch is None else batch
+
+
+def sum_gradients(parameters: Sequence[Tensor], images: int, loss: float, stop: bool) -> tuple[int, float, bool]:
+    """Turn gradients of the mean over this process's images into those of the mean over the images of all.
+
+    Args:
+        parameters: the same ones in every process. images: what this process computed on; may be 0.
+        loss: the mean over them. stop: whether this process is to stop.
+
+    Returns:
+        Images of all, the mean loss over them, and whether any process is to stop: the same in every process.
+    """
+    if part()[1] == 1:
+        return images, loss, stop
+    # A parameter that no process has a gradient of keeps none: an optimiser leaves it alone, also its decay.
+    flags = torch.tensor([images, loss * images, stop, *(p.grad is not None for p in parameters)], dtype=torch.float32)
+    grads = [torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1) * images for p in parameters]
+    flat = torch.cat([flags.to(parameters[0].device), *(g.float() for g in grads)])
+    dist.all_reduce(flat)
+    total, total_loss, stops, *have = flat[: len(flags)].tolist()
+    start = len(flags)
+    for p, has in zip(parameters, have, strict=True):
+        if has and total:
+            p.grad = (flat[start : start + p.numel()] / total).view_as(p).to(p.dtype)
+        start += p.numel()
+    return int(total), total_loss / max(total, 1), stops > 0
+
+
+def _device() -> torch.device:
+    """Where small messages travel: on the CPU, unless the process group knows GPUs only."""
+    return torch.device("cpu" if "cpu" in str(dist.get_backend_config()) else "cuda")
+
+
+def _gather(message: bytes) -> list[bytes]:
+    rank, count = part()
+    sizes = torch.zeros(count, dtype=torch.int64, device=_device())
+    sizes[rank] = len(message)
+    dist.all_reduce(sizes)
+    room = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+    room[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+    room = room.to(_device())
+    everyone = [torch.empty_like(room) for _ in range(count)]
+    dist.all_gather(everyone, room)
+    return [t[:size].cpu().numpy().tobytes() for t, size in zip(everyone, sizes.tolist(), strict=True)]

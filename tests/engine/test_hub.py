@@ -1,0 +1,123 @@
+"""Adapters in a model hub repository, which here is a folder: what is sent, what comes back, what goes wrong."""
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from cdc_models import CDC, ZeroShot, load_adapter, push_adapter
+from cdc_models.engine import adapter_info
+from cdc_models.engine.adapters import AdapterError
+
+CLASSES = ["red", "green", "blue | `x`"]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of folders owner/name; what it was asked, in order."""
+    asked = []
+
+    class Api:
+        def __init__(self, token=None):
+            asked.append(("token", token))
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            full = repo_id if "/" in repo_id else f"me/{repo_id}"
+            (tmp_path / full).mkdir(parents=True, exist_ok=exist_ok)
+            asked.append(("create", full, private))
+            return SimpleNamespace(repo_id=full)
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            asked.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+            shutil.copytree(folder_path, tmp_path / repo_id, dirs_exist_ok=True)
+
+    def download(repo_id, filename, *, revision):
+        asked.append(("download", repo_id, filename, revision))
+        if repo_id.count("/") != 1:
+            raise HFValidationError("Repo id must be in the form 'namespace/repo_name'")
+        if not (tmp_path / repo_id / filename).exists():
+            raise LocalEntryNotFoundError("not there\nand a second line")
+        return str(tmp_path / repo_id / filename)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return SimpleNamespace(folder=tmp_path, asked=asked)
+
+
+def test_there_and_back(hub, backbone, coloured):
+    model = CDC(backbone, CLASSES, depth=2, seed=1)
+    address = push_adapter(model, "mine", {"epochs": 3}, private=True, token="secret")
+    assert address == "hf-hub:me/mine"
+    assert hub.asked == [
+        ("token", "secret"),
+        ("create", "me/mine", True),
+        ("token", "secret"),
+        ("upload", "me/mine", ["README.md", "adapter.safetensors"]),
+    ]
+    again = load_adapter(address, backbone)
+    assert torch.equal(again.predict(coloured[0]).prob, model.predict(coloured[0]).prob)
+    assert hub.asked[-1] == ("download", "me/mine", "adapter.safetensors", None)
+    elsewhere = load_adapter(f"{address}@v1", backbone, ["spoon", "fork"])
+    assert elsewhere.class_names == ("spoon", "fork") and hub.asked[-1][3] == "v1"
+    info = adapter_info(address)
+    assert info["method"] == "cdc" and info["summary"] == {"epochs": 3}
+    assert push_adapter(model, "me/mine") == address  # once more, into the same place
+
+
+def test_the_card(hub, backbone):
+    push_adapter(CDC(backbone, CLASSES, depth=2), "me/mine", {"accuracy": 0.5})
+    card = (hub.folder / "me/mine/README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "cdc-ops" and "cdc" in front["tags"]
+    for text in ("hf-hub:me/mine", backbone.fingerprint[:16], '"blue | `x`"', '"n_templates": 4', '"accuracy": 0.5'):
+        assert text in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    compile(code, "card", "exec")
+    assert 'load_clip("small")' in code
+    push_adapter(ZeroShot(backbone, [f"thing {i}" for i in range(101)]), "me/many")
+    card = (hub.folder / "me/many/README.md").read_text()
+    assert "The first 100 of 101:" in card and "thing 99" in card and "thing 100" not in card
+
+
+def test_what_goes_wrong(hub, backbone, other_backbone):
+    with pytest.raises(OSError, match=r"^hf-hub:me/none: adapter.safetensors cannot be downloaded: not there$"):
+        load_adapter("hf-hub:me/none", backbone)
+    with pytest.raises(ValueError, match="hf-hub:a/b/c: Repo id must be"):
+        adapter_info("hf-hub:a/b/c")
+    address = push_adapter(CDC(backbone, CLASSES, depth=2), "me/mine")
+    with pytest.raises(AdapterError, match="was trained on small"):
+        load_adapter(address, other_backbone)
+    (hub.folder / "me/mine/adapter.safetensors").write_bytes(b"changed on the way")
+    with pytest.raises(AdapterError, match="not a readable safetensors"):
+        load_adapter(address, backbone)
+
+
+def test_without_the_package(backbone, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+        load_adapter("hf-hub:me/mine", backbone)
+
+
+def test_the_command_takes_an_address(hub, bundled, photos, cdc_json, tmp_path):
+    address = push_adapter(CDC(bundled, ["red square", "blue square"], depth=2), "me/photos")
+    said = cdc_json(
+        "predict", f"--images={photos / 'blue square'}", f"--adapter={address}", f"--out={tmp_path / 'out'}"
+    )
+    assert said["images"] == 10 and said["method"] == "cdc"
+
+
+def test_examples_in_docstrings():
+    import doctest
+    import importlib
+
+    for name in ("cdc_models.engine.hub", "cdc_models.processes"):
+        result = doctest.testmod(importlib.import_module(name))
+        assert result.attempted > 0 and result.failed == 0

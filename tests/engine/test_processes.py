@@ -1,0 +1,266 @@
+"""Two processes (gloo, CPU) against one: the same steps, the same figures, nothing lost or doubled at the tail."""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from itertools import chain
+
+import pytest
+import torch
+from conftest import make_small_backbone
+from torch.utils.data import Dataset
+
+from cdc_models import CDC, METHODS, CoOp, evaluate, fit, processes
+from cdc_models.data import BadImageError, ImageLoader
+from cdc_models.engine import CheckpointError, extract_features
+
+CLASSES = ["red", "green", "blue"]
+OPTIONS = {"coop": {}, "maple": {"depth": 2}, "cdc": {"depth": 2, "views": None, "trusted": False}}
+BAD = (3, 10, 11, 12, 13, 14, 21)  # with batches of 5 in order: one in the first, all of the third
+
+
+class Noisy(Dataset):
+    """23 coloured images, some of which cannot be read; their augmentation draws from torch's generator."""
+
+    def __init__(self, noise=0.3, bad=BAD, light=0.0):
+        self.noise, self.bad, self.light = noise, bad, light
+
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise BadImageError(f"{index}.png", "damaged", "on purpose")
+        colour = torch.eye(3)[index % 3] + 0.02 * index + self.light
+        return colour[:, None, None] + self.noise * torch.randn(3, 32, 32), index % 3
+
+
+def learned(model):
+    return torch.cat([p.detach().flatten() for p in model.learned_parameters().values()])
+
+
+def loader(part, seed=5, batch=5, **options):
+    return ImageLoader(Noisy(**options), batch, seed=seed, part=part)
+
+
+def training(part, method):
+    model = METHODS[method](make_small_backbone(), CLASSES, **OPTIONS[method], seed=1)
+    if part[0]:  # the first one's start is everybody's
+        torch.nn.init.zeros_(next(iter(model.learned_parameters().values())))
+    images = loader(part)
+    result = fit(model, images, epochs=2, lr=0.05, warmup_epochs=0, momentum=0.5, seed=3, progress=False)
+    return learned(model), result.losses, result.steps, {image.path for image in images.report.skipped}
+
+
+def evaluation(part):
+    model = CDC(make_small_backbone(), CLASSES, depth=2, seed=1)
+    unknown = ImageLoader(Noisy(noise=0, light=0.5), 4, part=part)
+    loaders = [ImageLoader(Noisy(noise=0), batch, part=part) for batch in (5, 100, 1)]
+    found = [evaluate(model, each, unknown=unknown, progress=False) for each in loaders]
+    skipped = [len(each.report.skipped) for each in loaders]
+    return [(f.numbers() | {"seconds": 0}, f.prob, f.targets) for f in found], skipped
+
+
+def stopping(folder, unbroken):
+    """CDC with random views, so that each process has random states of its own; a signal at step 4 to one of them."""
+    part, images = processes.part(), loader(processes.part(), bad=())
+    model, loss, calls = CDC(make_small_backbone(), CLASSES, depth=2, seed=1), CDC.loss, []
+
+    def stop_at_the_fourth(self, *given):
+        calls.append(1)
+        if len(calls) == 4 and not unbroken and part[0] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(self, *given)
+
+    CDC.loss = stop_at_the_fourth
+    path = folder / ("whole.safetensors" if unbroken else "broken.safetensors")
+    try:
+        first = fit(model, images, epochs=2, lr=0.05, warmup_epochs=0, seed=3, checkpoint=path, progress=False)
+        if unbroken:
+            return learned(model), first
+        again = CDC(make_small_backbone(), CLASSES, depth=2, seed=1)
+        torch.manual_seed(17 + part[0])
+        images = loader(part, bad=())
+        second = fit(again, images, epochs=2, lr=0.05, warmup_epochs=0, seed=3, checkpoint=path, progress=False)
+        return learned(again), first, second
+    finally:
+        CDC.loss = loss
+
+
+def refusals(folder):
+    rank, _ = processes.part()
+    model, told = CoOp(make_small_backbone(), CLASSES), []
+    attempts = [
+        lambda: fit(model, loader((rank, 2)), lr=0.1 + rank, progress=False),
+        lambda: fit(model, loader((rank, 2)), checkpoint=folder / "none/run.safetensors", progress=False),
+        lambda: fit(model, loader((rank, 2)), epochs=3, checkpoint=folder / "alone.safetensors", progress=False),
+        lambda: fit(model, loader((rank, 2), bad=range(23)), progress=False),
+        lambda: extract_features(model, loader((rank, 3)), progress=False),
+        lambda: evaluate(model, loader((rank, 2), bad=range(23)), progress=False),
+    ]
+    for attempt in attempts:
+        try:
+            attempt()
+            told.append(None)
+        except (ValueError, OSError, RuntimeError) as error:
+            told.append((type(error).__name__, str(error)))
+    return told
+
+
+def uneven():
+    """Loaders that know nothing of parts: three batches here, one there."""
+    rank, model = processes.part()[0], CoOp(make_small_backbone(), CLASSES, seed=1)
+    data = Noisy(noise=0, bad=())
+    images, targets = torch.stack([x for x, _ in data_of(data)]), torch.tensor([y for _, y in data_of(data)])
+    rows = [[range(0, 6), range(6, 8), range(8, 10)], [range(10, 13)]][rank]
+    batches = [(images[list(r)], targets[list(r)]) for r in rows]
+    result = fit(model, batches, epochs=1, lr=0.05, warmup_epochs=0, progress=False)
+    whole = evaluate(model, [(images, targets)], progress=False)
+    return learned(model), result.steps, whole.count
+
+
+def gradients():
+    """One and three images; then two and none; a parameter that nobody has a gradient of."""
+    rank, found = processes.part()[0], []
+    for images in ((1, 3), (2, 0)):
+        parameters = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(1))]
+        if images[rank]:
+            parameters[0].grad = torch.full((2, 2), 1.0 + rank)
+        told = processes.sum_gradients(parameters, images[rank], float(rank), stop=rank == 1)
+        found.append((told, [None if p.grad is None else p.grad.unique().tolist() for p in parameters]))
+    return found
+
+
+def data_of(data):
+    return [data[i] for i in range(len(data))]
+
+
+def work(rank, folder):
+    """All that the tests look at, in one of two processes."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = (folder / "port").read_text()
+    torch.set_num_threads(1)
+    try:
+        with processes.joined():
+            found = {name: training(processes.part(), name) for name in ("coop", "maple", "cdc")}
+            found["evaluation"] = evaluation(processes.part())
+            found["whole"], found["broken"] = stopping(folder, True), stopping(folder, False)
+            found["refusals"], found["uneven"], found["gradients"] = refusals(folder), uneven(), gradients()
+            found["messages"] = processes.gather_json({"from": rank}), processes.gather_tensors({"x": torch.ones(rank)})
+    except Exception:
+        found = {"error": traceback.format_exc()}
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What each of two processes found."""
+    import socket
+
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(free.getsockname()[1]))
+    alone = CoOp(make_small_backbone(), CLASSES)
+    fit(alone, loader((0, 1)), epochs=3, checkpoint=folder / "alone.safetensors", progress=False)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cdc_models", "conftest"])
+    started = [context.Process(target=work, args=(rank, folder)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    assert not any("error" in f for f in found), found
+    return found
+
+
+@pytest.mark.parametrize("method", ["coop", "maple", "cdc"])
+def test_training_takes_the_steps_of_one_process(two, method):
+    end, losses, steps, skipped = training((0, 1), method)
+    (one, *_), (other, *_) = two[0][method], two[1][method]
+    assert torch.equal(one, other) and torch.allclose(one, end, atol=1e-5, rtol=1e-5)
+    start = learned(METHODS[method](make_small_backbone(), CLASSES, **OPTIONS[method], seed=1))
+    assert (end - start).abs().max() > 1e-3  # and steps they were
+    for _, their_losses, their_steps, _ in (two[0][method], two[1][method]):
+        assert their_losses == pytest.approx(losses, rel=1e-5) and their_steps == steps
+    assert two[0][method][3] | two[1][method][3] == skipped == {f"{i}.png" for i in BAD}
+
+
+def test_evaluation_gives_the_figures_of_one_process(two):
+    expected, skipped = evaluation((0, 1))
+    for rank in range(2):
+        found, _ = two[rank]["evaluation"]
+        for (numbers, prob, targets), (own, own_prob, own_targets) in zip(found, expected, strict=True):
+            assert torch.equal(targets, own_targets) and torch.allclose(prob, own_prob, atol=1e-6)
+            assert numbers == pytest.approx(own, abs=1e-6, nan_ok=True) and numbers["count"] == 23 - len(BAD)
+    shares = [two[rank]["evaluation"][1] for rank in range(2)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == skipped == [len(BAD)] * 3
+    assert two[0]["evaluation"][0][2][0] == two[1]["evaluation"][0][2][0]
+
+
+def test_a_signal_to_one_stops_both_and_both_go_on_to_the_same_bits(two):
+    for rank in range(2):
+        whole, result = two[rank]["whole"]
+        end, first, second = two[rank]["broken"]
+        assert torch.equal(whole, end) and torch.equal(whole, two[0]["whole"][0])
+        assert first.interrupted and first.steps == 4 and not second.interrupted and second.steps == result.steps == 10
+        assert second.losses == result.losses
+
+
+def test_what_is_refused_is_refused_in_both(two):
+    for rank in range(2):
+        settings, folder, alone, nothing, part, empty = two[rank]["refusals"]
+        assert settings[0] == "ValueError" and "same run in all processes; 1 and 0 differ in lr" in settings[1]
+        assert folder[0] == ("FileNotFoundError", "FirstFailed")[rank] and "No such file" in folder[1]
+        assert alone[0] == CheckpointError.__name__ and "processes: 1 there, 2 here" in alone[1]
+        assert nothing[0] == "ValueError" and "gave no batch in epoch 0" in nothing[1]
+        assert part[0] == "ValueError" and f"part ({rank}, 2)" in part[1]
+        assert empty[0] == "ValueError" and "got none" in empty[1]
+
+
+def test_loaders_of_unequal_length_wait_for_nobody(two):
+    model, data = CoOp(make_small_backbone(), CLASSES, seed=1), data_of(Noisy(noise=0, bad=()))
+    rows = [[*range(6), 10, 11, 12], [6, 7], [8, 9]]
+    batches = [(torch.stack([data[i][0] for i in r]), torch.tensor([data[i][1] for i in r])) for r in rows]
+    fit(model, batches, epochs=1, lr=0.05, warmup_epochs=0, progress=False)
+    for rank in range(2):
+        end, steps, count = two[rank]["uneven"]
+        assert torch.allclose(end, learned(model), atol=1e-6) and steps == 3
+        assert count == 23  # a loader without part is everything, in each process
+
+
+def test_gradients_are_averaged_over_images(two):
+    for rank in range(2):
+        uneven, empty = two[rank]["gradients"]
+        assert uneven == ((4, 0.75, True), [[1.75], None])  # (1 * 1 + 3 * 2) / 4
+        assert empty == ((2, 0.0, True), [[1.0], None])
+
+
+def test_messages(two):
+    for rank in range(2):
+        told, tensors = two[rank]["messages"]
+        assert told == [{"from": 0}, {"from": 1}] and [t["x"].tolist() for t in tensors] == [[], [1.0]]
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_shares_are_the_batches_of_one_process(count, drop_last):
+    def batches(part):
+        each = ImageLoader([(torch.full((1,), i), i) for i in range(23)], 5, seed=1, drop_last=drop_last, part=part)
+        return [targets.tolist() for _, targets in each]
+
+    shares = [batches((rank, count)) for rank in range(count)]
+    assert [list(chain(*turn)) for turn in zip(*shares, strict=True)] == batches((0, 1))
+    with pytest.raises(ValueError, match="part: expected"):
+        batches((count, count))
+
+
+def test_alone_nothing_is_joined(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with processes.joined():
+        assert processes.part() == (0, 1) and processes.is_first()
+    assert processes.gather_json({1, 2}) == [{1, 2}]
