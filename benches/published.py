@@ -7,6 +7,7 @@ pass of both towers for each template, pairwise K x K fusion.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import torch
@@ -18,18 +19,28 @@ from cdc_models.clip import ClipBackbone
 from cdc_models.methods import CDC, CoOp, MaPLe, Method
 
 
-def text_tower(backbone: ClipBackbone, names: tuple[str, ...], context: Tensor, deep: Tensor | None = None) -> Tensor:
-    """Text features [K, D] of context [n, W] and deep prompts [J - 1, n, W], every prompt at full length."""
+def text_tower(
+    backbone: ClipBackbone,
+    names: Sequence[str],
+    context: Tensor,
+    deep: Tensor | None = None,
+    length: int | None = None,
+) -> Tensor:
+    """Text features [K, D] of context [n, W] and deep prompts [J - 1, n, W], every prompt at full length.
+
+    `length`: every prompt cut to so many tokens; the end of each must be among them.
+    """
     tower = getattr(backbone.clip, "text", backbone.clip)
     n = len(context)
-    tokens = backbone.tokenize([" ".join(["x"] * n + [f"{name}."]) for name in names])
+    tokens = backbone.tokenize([" ".join(["x"] * n + [f"{name}."]) for name in names])[:, :length]
+    mask = tower.attn_mask[:length, :length]
     embedded = tower.token_embedding(tokens)
     x = torch.cat([embedded[:, :1], context.expand(len(names), -1, -1), embedded[:, 1 + n :]], dim=1)
-    x = x + tower.positional_embedding
+    x = x + tower.positional_embedding[:length]
     for i, block in enumerate(tower.transformer.resblocks):
         if deep is not None and 1 <= i <= len(deep):
             x = torch.cat([x[:, :1], deep[i - 1].expand(len(names), -1, -1), x[:, 1 + n :]], dim=1)
-        x = block(x, attn_mask=tower.attn_mask)
+        x = block(x, attn_mask=mask)
     x = tower.ln_final(x)[torch.arange(len(names), device=x.device), tokens.argmax(dim=1)]
     return x @ tower.text_projection
 
@@ -48,13 +59,31 @@ def image_tower(backbone: ClipBackbone, images: Tensor, context: Tensor, deep: T
     return visual.ln_post(x[:, 0]) @ visual.proj
 
 
+def text_prompts(model: Method) -> list[tuple[Tensor, Tensor | None]]:
+    """Context and deep prompts of each template."""
+    if isinstance(model, CoOp):
+        return [(model.context()[0], None)]
+    assert isinstance(model, MaPLe | CDC)
+    return list(zip(*model.prompts.text(), strict=True))
+
+
 def text_features(model: Method) -> Tensor:
     """Text features [M, K, D], template by template."""
-    if isinstance(model, CoOp):
-        return text_tower(model.backbone, model.class_names, model.context()[0]).unsqueeze(0)
-    assert isinstance(model, MaPLe | CDC)
-    prompts = zip(*model.prompts.text(), strict=True)
-    return torch.stack([text_tower(model.backbone, model.class_names, *prompt) for prompt in prompts])
+    return torch.stack([text_tower(model.backbone, model.class_names, *prompt) for prompt in text_prompts(model)])
+
+
+def text_in_pieces(model: Method, classes: int) -> Tensor:
+    """The same without a graph, the backward pass already made: so many classes at a time, each piece forward and, with
+    a stand-in for the loss's gradient, backward. The work of both passes in the memory of one piece."""
+    features = []
+    for prompt in text_prompts(model):
+        pieces = []
+        for start in range(0, len(model.class_names), classes):
+            piece = text_tower(model.backbone, model.class_names[start : start + classes], *prompt)
+            piece.backward(torch.ones_like(piece))
+            pieces.append(piece.detach())
+        features.append(torch.cat(pieces))
+    return torch.stack(features)
 
 
 def image_features(model: Method, images: Tensor) -> Tensor:

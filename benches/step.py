@@ -1,19 +1,27 @@
 """One training step and one evaluation batch: CDC, MaPLe and CoOp of this library against the published way.
 
-    python benches/step.py --device cpu --classes 50 100 --batch 4 --out benches/results/step/cpu
-    python benches/step.py --device cuda --classes 50 100 1000 --batch 4 32 --out benches/results/step/h100
+    python benches/step.py --device cpu --classes 50 100 1000 --batch 4 --out benches/results/step/cpu
+    python benches/step.py --device cuda --classes 50 100 1000 --batch 4 32 --memory 70 --out benches/results/step/h100
 
-ViT-B/16 geometry with random weights, ImageNet's class names, n = 2, J = 9. For each size: losses and gradients of
-both ways are compared first; then all steps are timed in turn, `--repeats` rounds, and the medians kept; then each step
-runs once in a process of its own for its peak memory. "published" is benches/published.py: 77 tokens, a prefix for
-every class, one pass of both towers a template, pairwise K x K fusion. Images come as ready-made views; making them is
-not timed. Finished sizes are kept in results.jsonl, so the script goes on where it stopped.
+ViT-B/16 geometry with random weights, ImageNet's class names, n = 2, J = 9. Before anything is timed, losses and
+gradients of both ways are compared on the fewest classes asked for. Then each step is measured in a process of its own:
+peak memory is what the first step adds to a process that holds CLIP, prompts and images; time the median of `--repeats`
+further steps, stage by stage (a first step that takes longer than a minute is not repeated: it is the time).
+"published" is benches/published.py: 77 tokens, a prefix for every class, one pass of both towers a template, pairwise
+K x K fusion. Images come as ready-made views; making them is not timed.
+
+A step that would hold more than `--memory` GB (estimated from what it keeps for the backward pass) encodes its classes
+some at a time. Ours by `class_chunk`, which pays for another forward pass. The published way is not made to pay: its
+text tower's forward and backward pass run piece by piece with a stand-in for the loss's gradient. Where the image
+tower alone is too much, the step is left out, and the table says so.
+
+Finished rows are kept in results.jsonl, so the script goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import json
 import subprocess
 import sys
 import time
@@ -27,7 +35,8 @@ from typing import Any
 import matplotlib
 import published
 import torch
-from open_clip import IMAGENET_CLASSNAMES
+import torch.nn.functional as F
+from imagenet_names import imagenet_names
 from torch import Tensor
 
 from cdc_models import provenance
@@ -40,6 +49,14 @@ from matplotlib import pyplot as plt
 
 STAGES = ("text tower", "image tower", "loss", "optimiser")
 WAYS = ("published", "ours")
+#: Seconds of a first step from which on it is not repeated.
+SLOW = 60
+#: Numbers that a block keeps for the backward pass, for each token and unit of width (measured: 13 to 17).
+KEPT = 17
+#: A piece of fewer classes would waste time.
+FEWEST = 10
+#: Tokens of a class behind the shared prefix; ImageNet's have 4.2 on average, ours pads and repeats some.
+OWN_TOKENS = 6
 
 
 @dataclass(frozen=True)
@@ -60,10 +77,11 @@ CASES = [Case(name, m, way) for name, m in (("CoOp", 1), ("MaPLe", 1)) for way i
     Case("CDC", m, way) for m in (1, 2, 4, 8) for way in WAYS
 ]
 BASELINE = Case("MaPLe", 1, "published").label
+PLAIN = "zero-shot, open_clip's own"
 
 
 def build(case: Case, backbone: ClipBackbone, classes: int) -> Method:
-    names = IMAGENET_CLASSNAMES[:classes]
+    names = imagenet_names(classes)
     if case.method == "CDC":
         return CDC(backbone, names, n_templates=case.templates, views=None)
     return {"CoOp": CoOp, "MaPLe": MaPLe}[case.method](backbone, names)
@@ -88,9 +106,17 @@ def forward(case: Case, model: Method, images: Tensor) -> tuple[Callable[[], Ten
 
 
 def step(
-    case: Case, model: Method, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer | None
+    case: Case,
+    model: Method,
+    images: Tensor,
+    targets: Tensor,
+    optimizer: torch.optim.Optimizer | None,
+    piece: int | None = None,
 ) -> tuple[dict[str, float], float]:
-    """Seconds of each stage, forward and backward, of one training step, and its loss."""
+    """Seconds of each stage, forward and backward, of one training step, and its loss.
+
+    `piece`: the published way's text tower runs so many classes at a time, with a stand-in for their gradient.
+    """
 
     def now() -> float:
         if images.is_cuda:
@@ -100,7 +126,7 @@ def step(
     make_text, make_image, objective = forward(case, model, images)
     model.zero_grad(set_to_none=True)
     ticks = [now()]
-    text = make_text()
+    text = make_text() if piece is None else published.text_in_pieces(model, piece)
     ticks.append(now())
     image = make_image()
     ticks.append(now())
@@ -110,7 +136,8 @@ def step(
     loss = objective(image_leaf, text_leaf, targets)
     loss.backward()
     ticks.append(now())
-    text.backward(text_leaf.grad)
+    if piece is None:
+        text.backward(text_leaf.grad)
     ticks.append(now())
     if image_leaf.grad is not None:
         image.backward(image_leaf.grad)
@@ -123,8 +150,11 @@ def step(
     return dict(zip(STAGES, seconds, strict=True)), loss.item()
 
 
-def assert_parity(case: Case, backbone: ClipBackbone, classes: int, batch: int) -> float:
-    """Largest relative difference of a gradient between the two ways; loud if it is more than rounding."""
+def assert_parity(case: Case, backbone: ClipBackbone, classes: int, batch: int) -> float | None:
+    """Largest relative difference of a gradient between the two ways; loud if it is more than rounding.
+
+    None where the published way's gradients are not finite: products of the evidence of many templates overflow.
+    """
     model = build(case, backbone, classes)
     images, targets = inputs(case, backbone, classes, batch)
     results = []
@@ -134,69 +164,98 @@ def assert_parity(case: Case, backbone: ClipBackbone, classes: int, batch: int) 
     (loss, gradients), (own_loss, own_gradients) = results
     assert abs(loss - own_loss) <= 1e-4 * abs(loss), f"{case}: losses {loss} and {own_loss}"
     assert gradients.keys() == own_gradients.keys() == model.learned_parameters().keys()
+    assert all(g.isfinite().all() for g in own_gradients.values()), f"{case}: our gradients are not finite"
+    if not all(g.isfinite().all() for g in gradients.values()):
+        return None
     worst = max(float((own_gradients[n] - g).abs().max() / g.abs().max()) for n, g in gradients.items())
     assert worst < 2e-3, f"{case}: a gradient differs by {worst:.1e} of its largest entry"
     return worst
 
 
-def time_steps(cases: list[Case], backbone: ClipBackbone, classes: int, batch: int, repeats: int) -> dict[str, Any]:
-    """Median seconds of each stage of each case, all cases in turn."""
-    prepared = []
-    for case in cases:
-        model = build(case, backbone, classes)
-        optimizer = torch.optim.SGD(model.parameter_groups(5e-4), lr=1e-5, momentum=0.9)
-        prepared.append((case, model, *inputs(case, backbone, classes, batch), optimizer))
-    rounds: dict[str, list[dict[str, float]]] = {case.label: [] for case in cases}
-    for number in range(repeats + 1):  # the first warms up
-        for case, *rest in prepared:
-            seconds, _ = step(case, *rest)
-            if number:
-                rounds[case.label].append(seconds)
-            print(f"  round {number}/{repeats}  {case.label}: {sum(seconds.values()):.3f} s", flush=True)
-    return {label: {s: median(r[s] for r in taken) for s in STAGES} for label, taken in rounds.items()}
+def kept_bytes(case: Case, backbone: ClipBackbone, batch: int) -> tuple[int, int]:
+    """About what a text pass keeps of a class for its backward pass, and what all image passes keep of all images."""
+    tokens = backbone.context_length if case.way == "published" else OWN_TOKENS * case.templates
+    text = tokens * KEPT * 4 * backbone.text_width * backbone.text_depth
+    patches = len(backbone.clip.visual.positional_embedding) + 2
+    prompted = 0 if case.method == "CoOp" else batch * case.templates * patches
+    return text, prompted * KEPT * 4 * backbone.image_width * backbone.image_depth
 
 
-def time_evaluation(backbone: ClipBackbone, classes: int, batch: int, repeats: int) -> dict[str, float]:
-    """Median seconds to classify one batch, text features cached: image tower, fusion, prediction."""
-    names = IMAGENET_CLASSNAMES[:classes]
-    models: dict[str, Method] = {
-        "zero-shot": ZeroShot(backbone, names),
-        "CoOp": CoOp(backbone, names),
-        "MaPLe": MaPLe(backbone, names),
-        "CDC, M = 4, text prompts only": CDC(backbone, names, image_prompts=False),
-        "CDC, M = 4": CDC(backbone, names),
-    }
-    images, _ = inputs(CASES[0], backbone, classes, batch)
-    rounds: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(repeats + 1):
-        for name, model in models.items():
-            started = time.perf_counter()
-            model.predict(images).prob.sum().item()
-            if number:
-                rounds[name].append(time.perf_counter() - started)
-    return {name: median(taken) for name, taken in rounds.items()}
-
-
-def peak_memory(case: Case, device: str, classes: int, batch: int) -> int:
-    """Bytes that one step adds to a process that holds backbone and model, measured in a process of its own."""
-    arguments = [case.method, str(case.templates), case.way, device, str(classes), str(batch)]
-    done = subprocess.run(
-        [sys.executable, __file__, "--memory-of", *arguments], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout.split()[-1])
-
-
-def print_peak_memory(case: Case, device: str, classes: int, batch: int) -> None:
-    backbone = load_backbone(device)
+def measure(case: Case, device: str, classes: int, batch: int, repeats: int, limit: float, name: str) -> dict[str, Any]:
+    """Peak memory and seconds of each stage of one case in this process; or why it is left out."""
+    backbone = load_backbone(device, name)
+    text, image = kept_bytes(case, backbone, batch)
+    whole, room = text * classes * (case.templates if case.way == "published" else 1), limit * 1e9 - image
+    if room < FEWEST * text:
+        return {"left out": f"would hold about {(whole + image) / 1e9:.0f} GB, --memory is {limit:g}"}
+    piece = None if whole <= room else min(classes, int(room // text))
     model = build(case, backbone, classes)
     if isinstance(model, CDC):
         model.anchor  # noqa: B018  # made once, before training
-    images, targets = inputs(case, backbone, classes, batch)
+    if case.way == "ours":
+        model.class_chunk = piece
+    optimizer = torch.optim.SGD(model.parameter_groups(5e-4), lr=1e-5, momentum=0.9)
+    given = (
+        case,
+        model,
+        *inputs(case, backbone, classes, batch),
+        optimizer,
+        piece if case.way == "published" else None,
+    )
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # from here on, the peak starts at what is held now
     before = provenance.peak_memory(device)
-    step(case, model, images, targets, None)
-    print(provenance.peak_memory(device) - before)
+    first, _ = step(*given)
+    peak = provenance.peak_memory(device)
+    assert before is not None and peak is not None
+    once = sum(first.values()) > SLOW
+    taken = [first] if once else [step(*given)[0] for _ in range(repeats)]
+    seconds = {stage: median(each[stage] for each in taken) for stage in STAGES}
+    return {"seconds": seconds, "steps": len(taken), "memory": peak - before, "piece": piece}
+
+
+def evaluation(device: str, classes: int, batch: int, repeats: int, name: str) -> dict[str, float]:
+    """Median seconds to classify one batch, text features cached: image tower, fusion, prediction."""
+    backbone = load_backbone(device, name)
+    names = imagenet_names(classes)
+    images, _ = inputs(CASES[0], backbone, classes, batch)
+    zero_shot = ZeroShot(backbone, names)
+    text = F.normalize(zero_shot.cached_text_features()[0], dim=-1)
+
+    @torch.no_grad()
+    def open_clips_own() -> Tensor:
+        image = backbone.clip.encode_image(images, normalize=True)
+        return (backbone.scale * image @ text.T).softmax(-1)
+
+    late = backbone.image_depth - backbone.image_depth // 4
+    models: dict[str, Method] = {
+        "ZeroShot": zero_shot,
+        "CoOp": CoOp(backbone, names),
+        "MaPLe": MaPLe(backbone, names),
+        "CDC, M = 4, text prompts only": CDC(backbone, names, image_prompts=False),
+        f"CDC, M = 4, image prompts from block {late}": CDC(backbone, names, image_start=late),
+        "CDC, M = 4": CDC(backbone, names),
+    }
+    calls = {PLAIN: open_clips_own} | {
+        label: lambda model=model: model.predict(images).prob for label, model in models.items()
+    }
+    rounds: dict[str, list[float]] = {label: [] for label in calls}
+    for number in range(repeats + 1):  # the first warms up
+        for label, call in calls.items():
+            started = time.perf_counter()
+            call().sum().item()
+            if number:
+                rounds[label].append(time.perf_counter() - started)
+    return {label: median(taken) for label, taken in rounds.items()}
+
+
+def in_a_process_of_its_own(what: str, *arguments: object) -> dict[str, Any]:
+    """What a function of this file returns in a new process."""
+    command = [sys.executable, __file__, "--only", json.dumps([what, *arguments])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{what} {arguments} failed ({done.returncode}; -9: out of memory): {done.stderr[-800:]}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def load_backbone(device: str, name: str = "ViT-B-16-quickgelu") -> ClipBackbone:
@@ -204,37 +263,56 @@ def load_backbone(device: str, name: str = "ViT-B-16-quickgelu") -> ClipBackbone
     return load_clip(name, device=device)
 
 
-def table(row: dict[str, Any]) -> str:
+def heading(row: dict[str, Any]) -> str:
+    return (
+        f"K = {row['classes']} classes, batch {row['batch']}: {row['versions']['device']}, {row['threads']} threads, "
+        f"torch {row['versions']['torch']}, {row['date']}, `{row['command']}`\n"
+    )
+
+
+def step_table(rows: list[dict[str, Any]]) -> str:
+    """The steps of one size."""
+    totals = {row["label"]: sum(row["seconds"].values()) for row in rows if "seconds" in row}
     lines = [
-        f"K = {row['classes']} classes, batch {row['batch']}",
-        "",
+        heading(rows[0]),
         "| step | " + " | ".join(STAGES) + " | total s | of MaPLe, published | peak MB |",
         "| --- |" + " ---: |" * (len(STAGES) + 3),
     ]
-    base = sum(row["steps"][BASELINE].values())
-    for label, seconds in row["steps"].items():
-        total = sum(seconds.values())
-        figures = [*(f"{seconds[s]:.3f}" for s in STAGES), f"{total:.3f}", f"{total / base:.2f}"]
-        lines.append(f"| {label} | " + " | ".join([*figures, f"{row['memory'][label] / 1e6:.0f}"]) + " |")
-    lines += ["", "| evaluation of one batch | seconds | of zero-shot |", "| --- | ---: | ---: |"]
-    base = row["evaluation"]["zero-shot"]
-    lines += [f"| {name} | {seconds:.3f} | {seconds / base:.2f} |" for name, seconds in row["evaluation"].items()]
+    for row in rows:
+        label = row["label"]
+        if label not in totals:
+            lines.append(f"| {label} | left out: {row['left out']} |" + " |" * (len(STAGES) + 2))
+            continue
+        figures = [f"{row['seconds'][stage]:.3f}" for stage in STAGES] + [f"{totals[label]:.3f}"]
+        figures.append(f"{totals[label] / totals[BASELINE]:.2f}" if BASELINE in totals else "")
+        figures.append(f"{row['memory'] / 1e6:.0f}")
+        pieces = "" if row["piece"] is None else f", {row['piece']} classes at a time"
+        lines.append(f"| {label}{pieces} | " + " | ".join(figures) + " |")
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def evaluation_table(row: dict[str, Any]) -> str:
+    base = row["seconds"][PLAIN]
+    lines = [heading(row), "| evaluation of one batch | seconds | of plain CLIP |", "| --- | ---: | ---: |"]
+    lines += [f"| {label} | {took:.3f} | {took / base:.2f} |" for label, took in row["seconds"].items()]
+    return "\n".join(lines)
+
+
+def plot(sizes: list[list[dict[str, Any]]], path: Path) -> None:
     """Stacked bars: where the time of a step goes."""
-    figure, axes = plt.subplots(1, len(rows), figsize=(6.2 * len(rows), 4.6), squeeze=False, layout="constrained")
-    for axis, row in zip(axes[0], rows, strict=True):
-        labels = list(row["steps"])[::-1]
+    figure, axes = plt.subplots(1, len(sizes), figsize=(6.2 * len(sizes), 4.6), squeeze=False, layout="constrained")
+    for axis, rows in zip(axes[0], sizes, strict=True):
+        steps = [row for row in rows if "seconds" in row][::-1]
+        labels = [row["label"] for row in steps]
         left = [0.0] * len(labels)
         for stage, colour in zip(STAGES, ("#4c72b0", "#dd8452", "#55a868", "#8c8c8c"), strict=True):
-            width = [row["steps"][label][stage] for label in labels]
+            width = [row["seconds"][stage] for row in steps]
             axis.barh(labels, width, left=left, color=colour, label=stage)
             left = [a + b for a, b in zip(left, width, strict=True)]
-        base = sum(row["steps"][BASELINE].values())
-        axis.axvline(base, color="black", linewidth=0.8, linestyle=":")
-        axis.set_title(f"{row['classes']} classes, batch {row['batch']}")
+        for row in steps:
+            if row["label"] == BASELINE:
+                axis.axvline(sum(row["seconds"].values()), color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(f"{rows[0]['classes']} classes, batch {rows[0]['batch']}")
         axis.set_xlabel("seconds a step (dotted: MaPLe, published)")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False, loc="lower right")
@@ -242,50 +320,73 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def only(what: str, *arguments: Any) -> dict[str, Any]:
+    """What a process of its own does."""
+    if what == "parity":
+        device, classes, batch, name = arguments
+        backbone = load_backbone(device, name)
+        return {case.label: assert_parity(case, backbone, classes, batch) for case in CASES if case.way == "ours"}
+    if what == "evaluation":
+        return {"seconds": evaluation(*arguments)}
+    method, templates, way, *rest = arguments
+    return measure(Case(method, templates, way), *rest)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backbone", default="ViT-B-16-quickgelu")
     parser.add_argument("--classes", type=int, nargs="+", default=[50, 100])
     parser.add_argument("--batch", type=int, nargs="+", default=[4])
+    parser.add_argument("--evaluate", type=int, default=32, help="images in a batch of evaluation")
+    parser.add_argument("--templates", type=int, nargs="+", default=[1, 2, 4, 8], help="of CDC")
+    parser.add_argument("--memory", type=float, default=10, help="GB that a step may hold")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/step"))
-    parser.add_argument("--memory-of", nargs=6, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.memory_of:
-        method, templates, way, device, classes, batch = arguments.memory_of
-        print_peak_memory(Case(method, int(templates), way), device, int(classes), int(batch))
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.only:
+        print(json.dumps(only(*json.loads(given.only))))
         return
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    results = Rows(arguments.out / "results.jsonl")
-    backbone = load_backbone(arguments.device)
-    for batch in arguments.batch:
-        for classes in arguments.classes:
-            key = f"K = {classes}, batch {batch}"
-            if key in results.rows:
-                continue
-            print(key, flush=True)
-            worst = max(assert_parity(case, backbone, classes, batch) for case in CASES if case.way == "ours")
-            print(f"  loss and gradients of both ways agree (largest relative difference {worst:.1e})", flush=True)
-            cuda = arguments.device == "cuda"
-            row = {
-                "key": key,
-                "classes": classes,
-                "batch": batch,
-                "parity": worst,
-                "steps": time_steps(CASES, backbone, classes, batch, arguments.repeats),
-                "evaluation": time_evaluation(backbone, classes, batch, arguments.repeats),
-                "memory": {case.label: peak_memory(case, arguments.device, classes, batch) for case in CASES},
-                "device": torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU",
+    results = Rows(given.out / "results.jsonl")
+
+    def row(what: str, label: str, classes: int, batch: int, *details: object) -> dict[str, Any]:
+        """A row from results.jsonl, or measured now and added."""
+        key = json.dumps([what, label, classes, batch, given.device, given.backbone])
+        if key not in results.rows:
+            found = in_a_process_of_its_own(what, *details)
+            facts = {"what": what, "label": label, "classes": classes, "batch": batch}
+            origin = {
                 "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
+                "versions": provenance.versions(given.device),
                 "date": time.strftime("%Y-%m-%d"),
                 "command": "python " + " ".join(sys.argv),
             }
-            results.add(row)
-            print(table(row), flush=True)
-    rows = list(results.rows.values())
-    (arguments.out / "table.md").write_text("\n\n".join(table(row) for row in rows) + "\n")
-    plot(rows, arguments.out / "steps.png")
+            results.add({"key": key, **facts, **found, **origin})
+            print(f"{what} K = {classes}, batch {batch}, {label}: {found}", flush=True)
+        return results.rows[key]
+
+    smallest = min(given.classes), min(given.batch)
+    row("parity", "largest relative difference of a gradient", *smallest, given.device, *smallest, given.backbone)
+    sizes = []
+    for batch in given.batch:
+        for classes in given.classes:
+            size = (given.device, classes, batch, given.repeats, given.memory, given.backbone)
+            sizes.append(
+                [
+                    row("step", case.label, classes, batch, case.method, case.templates, case.way, *size)
+                    for case in CASES
+                    if case.method != "CDC" or case.templates in given.templates
+                ]
+            )
+    how = (given.repeats, given.backbone)
+    evaluations = [
+        row("evaluation", "evaluation", classes, given.evaluate, given.device, classes, given.evaluate, *how)
+        for classes in given.classes
+    ]
+    tables = [*map(step_table, sizes), *map(evaluation_table, evaluations)]
+    (given.out / "table.md").write_text("\n\n".join(tables) + "\n")
+    plot(sizes, given.out / "steps.png")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def fit(
     """Train what a method learns; the backbone stays frozen.
 
     The defaults are MaPLe's base-to-new settings. Ctrl-C finishes the step, writes the checkpoint and returns with
-    `interrupted=True`; a second Ctrl-C stops at once.
+    `interrupted=True`; a second Ctrl-C stops at once. After `model.compile()` the steps are compiled ones.
 
     With `checkpoint`, a run that was cut off anywhere, also by SIGKILL, goes on where it stood when the same call is
     made again, and ends (on a CPU) with bitwise the same parameters as a run that was not. For that the loader must

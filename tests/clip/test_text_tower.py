@@ -113,7 +113,10 @@ def test_half_precision_is_as_exact_as_open_clips_own(variant, dtype):
     exact = full_text(small_backbone(variant, dtype=dtype).double(), NAMES, *exact_given)
     truth = [exact, *gradients(exact, exact_given)]
     errors = [
-        [float((x - y).norm() / y.norm()) for x, y in zip((f, *gradients(f, given)), truth, strict=True)]
+        [
+            float((x.detach() - y.detach()).norm() / y.detach().norm())
+            for x, y in zip((f, *gradients(f, given)), truth, strict=True)
+        ]
         for f in (ours, theirs)
     ]
     for own, other in zip(*errors, strict=True):

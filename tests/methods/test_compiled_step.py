@@ -5,6 +5,7 @@ import torch
 from conftest import CLASSES
 
 from cdc_models import CDC, CoOp, MaPLe, fit
+from cdc_models.methods import Method
 
 NAMES = ["cat", "dog", "fire engine", "teapot", "umbrella with rain drops"]
 
@@ -81,3 +82,13 @@ def test_targets_are_still_checked(backbone, coloured, graphs):
     model.compile(backend=graphs)
     with pytest.raises(ValueError, match=r"class indices in \[0, 3\)"):
         model.loss(coloured[0][:1], torch.tensor([3]))
+
+
+def test_cdc_train_compiles_if_asked(cdc_json, photos, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Method, "compile", lambda model, **options: asked.append(options))
+    small = [f"--data={photos}", "--backbone=bundled", "--method=coop", "--shots=2", "--epochs=1", "--batch=3"]
+    cdc_json("train", *small, f"--out={tmp_path / 'eager'}")
+    assert asked == []
+    cdc_json("train", *small, "--compile=true", f"--out={tmp_path / 'compiled'}")
+    assert asked == [{"fullgraph": True}]

@@ -1,0 +1,80 @@
+"""The benches of the training step run end to end on small networks; what is measured in a process of its own, here
+in this one."""
+
+import compiled_step
+import pytest
+import step
+import text_memory
+import text_tower
+from imagenet_names import imagenet_names
+
+from cdc_models.methods import Method
+
+TINY = ["--backbone", "bundled", "--classes", "20"]
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    calls = []
+
+    def here(what, *arguments):
+        calls.append(what)
+        return step.only(what, *arguments)
+
+    monkeypatch.setattr(step, "in_a_process_of_its_own", here)
+    return calls
+
+
+def test_a_step_is_measured_case_by_case_and_goes_on_where_it_stopped(tmp_path, one_process):
+    small = [*TINY, "--batch", "2", "--templates", "1", "4", "--evaluate", "2", "--repeats", "1", "--memory", "0.015"]
+    step.main([*small, "--out", str(tmp_path)])
+    assert one_process == ["parity", *["step"] * 8, "evaluation"]
+    table = (tmp_path / "table.md").read_text()
+    assert "| CoOp, ours | 0." in table and "classes at a time | " in table
+    assert "| CDC, M = 4, published | left out: would hold about" in table and step.PLAIN in table
+    assert (tmp_path / "steps.png").stat().st_size > 10_000
+    step.main([*small, "--out", str(tmp_path)])
+    assert len(one_process) == 10
+
+
+def test_pieces_of_the_published_way_do_the_same_work(bundled):
+    model = step.build(step.Case("MaPLe", 1, "published"), bundled, 7)
+    whole = step.published.text_features(model)
+    whole.sum().backward()
+    want = model.prompts.text_prompts.grad.clone()
+    model.zero_grad()
+    pieces = step.published.text_in_pieces(model, 3)
+    assert (pieces - whole).abs().max() < 1e-5
+    assert (model.prompts.text_prompts.grad - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_the_text_tower_is_compared_and_timed(tmp_path, capsys, monkeypatch):
+    small = ["--backbone", "bundled", "--names", "12", "--templates", "2", "--seconds", "0", "--out", str(tmp_path)]
+    text_tower.main(small)
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {way} |" in table for way in ("77 tokens", "truncated", "shared prefix", "packed"))
+    right = text_tower.encode_prompted_text
+    monkeypatch.setattr(text_tower, "encode_prompted_text", lambda *given, **more: right(*given, **more) * 1.001)
+    with pytest.raises(AssertionError, match="shared prefix: off by"):
+        text_tower.main(small)
+
+
+def test_memory_by_chunk(tmp_path, monkeypatch):
+    def here(backbone, device, *rest):
+        *counts, way = rest
+        return text_memory.measure(backbone, device, *counts, way)
+
+    monkeypatch.setattr(text_memory, "in_a_process_of_its_own", here)
+    text_memory.main([*TINY, "--chunks", "5", "0", "--out", str(tmp_path)])
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[4:]] == ["ours", "ours", "published"]
+
+
+def test_what_compiling_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(Method, "compile", lambda self, **_: None)  # minutes on two cores
+    compiled_step.main([*TINY, "--batch", "2", "--seconds", "0", "--out", str(tmp_path)])
+    assert (tmp_path / "table.md").read_text().count("| bundled |") == 3
+
+
+def test_a_thousand_names_are_all_different():
+    assert len(set(imagenet_names(1000))) == 1000 and len(set(imagenet_names(100))) == 100
