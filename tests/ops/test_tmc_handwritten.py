@@ -1,4 +1,4 @@
-"""Trusted Multi-View Classification built from cdc_ops parts, on the data its paper reports."""
+"""Trusted Multi-View Classification built from cdc_ops parts against its published formulas, trained side by side."""
 
 import importlib.util
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributions import Dirichlet, kl_divergence
+from pairwise import pairwise_dempster
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tmc_handwritten.py"
 spec = importlib.util.spec_from_file_location("tmc_handwritten", EXAMPLE)
@@ -17,41 +17,67 @@ DATA = tmc.BESIDE_THE_CHECKOUT
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"needs the six-view handwritten data at {DATA}")
 
 
-def pairwise_dempster(e1, e2):
-    """Dempster's rule for two opinions the long way: all K x K products, conflict taken out."""
-    K = e1.shape[-1]
-    (b1, u1), (b2, u2) = ((e / (e.sum(-1, True) + K), K / (e.sum(-1, True) + K)) for e in (e1, e2))
-    products = b1.unsqueeze(2) * b2.unsqueeze(1)
-    agreement = 1 - (products.sum((1, 2)) - products.diagonal(dim1=1, dim2=2).sum(1))
-    b = (b1 * b2 + b1 * u2 + b2 * u1) / agreement[:, None]
-    u = u1 * u2 / agreement[:, None]
-    return K * b / u
+def published_alphas(model, views):
+    """Dirichlet parameters of each view, and of all by Dempster's rule two at a time, K x K products each."""
+    alphas = [F.softplus(layer(x)) + 1 for layer, x in zip(model.views, views, strict=True)]
+    fused = alphas[0]
+    for alpha in alphas[1:]:
+        fused = pairwise_dempster(fused, alpha)
+    return alphas, fused
 
 
-def textbook_loss(evidence, target, kl_weight):
-    """The published objective, view by view, with torch's own Dirichlet."""
-    fused = evidence[:, 0]
-    for v in range(1, evidence.shape[1]):
-        fused = pairwise_dempster(fused, evidence[:, v])
+def published_loss(model, views, target, kl_weight):
+    """The paper's objective, opinion by opinion: expected cross-entropy by digammas, and the KL to ignorance."""
+    alphas, fused = published_alphas(model, views)
+    K = fused.shape[-1]
+    one_hot = F.one_hot(target, K)
     total = 0
-    for e in (*evidence.unbind(1), fused):
-        alpha, one_hot = e + 1, F.one_hot(target, e.shape[-1])
-        fit = torch.digamma(alpha.sum(-1)) - (one_hot * torch.digamma(alpha)).sum(-1)
-        others = one_hot + (1 - one_hot) * alpha
-        total = total + fit + kl_weight * kl_divergence(Dirichlet(others), Dirichlet(torch.ones_like(others)))
+    for alpha in (*alphas, fused):
+        S = alpha.sum(-1, keepdim=True)
+        total += (one_hot * (S.digamma() - alpha.digamma())).sum(-1)
+        other = one_hot + (1 - one_hot) * alpha
+        S = other.sum(-1, keepdim=True)
+        kl = ((other - 1) * (other.digamma() - S.digamma())).sum(-1) + S.lgamma().squeeze(-1) - other.lgamma().sum(-1)
+        total += kl_weight * (kl - torch.tensor(float(K), dtype=kl.dtype).lgamma())
     return total.mean()
 
 
-def test_objective_and_its_gradient_are_the_published_ones():
-    torch.manual_seed(0)
-    model = tmc.TrustedMultiView([7, 3, 5], 4).double()
-    views = [torch.rand(6, size, dtype=torch.float64) for size in (7, 3, 5)]
-    target = torch.arange(6) % 4
-    ours, theirs = model.loss(views, target, 0.6), textbook_loss(model(views), target, 0.6)
-    torch.testing.assert_close(ours, theirs)
-    parameters = list(model.parameters())
-    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+def trained(data, loss, seed, **schedule):
+    """The loss of every epoch, and the fused Dirichlet parameters of the test images [B, K] at the end.
+
+    Weights and order of the batches depend on the seed alone; the fusion is the loss's own.
+    """
+    views, target, test_views, _ = data
+    torch.manual_seed(seed)
+    model = tmc.TrustedMultiView([x.shape[1] for x in views], int(target.max()) + 1).double()
+    losses = tmc.fit(model, views, target, loss=loss, **schedule)
+    with torch.no_grad():
+        alpha = published_alphas(model, test_views)[1] if loss is published_loss else model.predict(test_views).alpha
+    return torch.tensor(losses, dtype=torch.float64), alpha
+
+
+def assert_trains_as_published(data, **schedule):
+    """To rounding, which is torch's trigamma's: the published formulas' gradients pass through it, ours do not."""
+    losses, alpha = trained(data, tmc.TrustedMultiView.loss, seed=1, **schedule)
+    published_losses, published_alpha = trained(data, published_loss, seed=1, **schedule)
+    torch.testing.assert_close(losses, published_losses, rtol=1e-9, atol=0)
+    torch.testing.assert_close(alpha, published_alpha, rtol=1e-7, atol=0)
+    assert torch.equal(alpha.argmax(-1), published_alpha.argmax(-1))
+
+
+def six_synthetic_views():
+    """Ten classes as noisy points around their centres, in six views of different sizes; training and test images."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(10).repeat(20)
+    views = []
+    for size in (24, 8, 21, 5, 6, 3):
+        centres, noise = (torch.rand(n, size, dtype=torch.float64, generator=generator) for n in (10, len(target)))
+        views.append(centres[target] + noise / 2)
+    return [x[:150] for x in views], target[:150], [x[150:] for x in views], target[150:]
+
+
+def test_training_takes_the_published_path_on_synthetic_views():
+    assert_trains_as_published(six_synthetic_views(), epochs=8, learning_rate=0.05, annealing=6, batch=50)
 
 
 @needs_data
@@ -63,14 +89,27 @@ def test_reads_and_scales_the_data():
     assert all(x.min() == 0 and x.max() == 1 for x in (*train_views, *test_views))
 
 
+@needs_data
+def test_training_takes_the_published_path():
+    assert_trains_as_published(tmc.read_views(DATA, torch.float64), epochs=4, learning_rate=3e-3, annealing=3)
+
+
 @pytest.mark.slow
 @needs_data
-def test_reaches_the_published_accuracy():
-    """98.51 % published; the test set has 400 images, so one accuracy is good to +- 1.19 (1.96 standard errors).
+@pytest.mark.parametrize(("learning_rate", "right"), [(3e-4, 392), (3e-3, 393)])
+def test_full_training_gives_the_published_formulas_answers(learning_rate, right):
+    """All 400 test images answered alike after 500 epochs; ``right`` of them right, 98.00 and 98.25 %.
 
-    The published formulas, trained here from the same weights on the same batches, end at the same loss to
-    five digits and the same accuracy, 98.00 %: within that interval, and not 98.51 either.
+    These three seeds ended with the same number; one image (0.25 %) is left to the rounding of other machines.
+    98.25 % is also what others report of the published code at 0.003.
     """
-    accuracy = tmc.train(DATA, seed=1)
-    standard_error = 100 * (0.9851 * (1 - 0.9851) / 400) ** 0.5
-    assert abs(accuracy - 98.51) < 1.96 * standard_error
+    data = tmc.read_views(DATA, torch.float64)
+    counts = []
+    for seed in (1, 2, 3):
+        ours, published = (
+            trained(data, loss, seed, epochs=500, learning_rate=learning_rate)[1].argmax(-1)
+            for loss in (tmc.TrustedMultiView.loss, published_loss)
+        )
+        assert torch.equal(ours, published)
+        counts.append((ours == data[3]).sum().item())
+    assert all(abs(count - right) <= 1 for count in counts), counts
