@@ -125,8 +125,8 @@ def paper(share: float, rest: float) -> list[str]:
         f"D = {D}, text features in bf16. For each GPU:", "",
         "- text features: 2 M K D / N bytes; their gradient as much again, nothing where they are frozen. If they "
         "themselves are trained by Adam, 12 M K D / N more (two moments and a float32 copy).",
-        f"- beyond these: what does not grow with K, measured above: {rest / 1e6:.0f} MB at its most; "
-        "only fused_opinion holds a result of 4 B K / N bytes.",
+        "- beyond these: lengths of text features, 4 M K / N bytes, and blocks that do not grow with K, together the "
+        f"rest measured above, {rest / 1e6:.0f} MB at most; only fused_opinion holds a result of 4 B K / N bytes.",
         "- products: 2 B M K D / N operations forward; 8 B M K D / N with the backward pass (logits again, and the "
         "gradients of image and text).",
         f"- their time: at least that by {H100_FLOPS / 1e12:.0f} TFLOP/s (H100 SXM, bf16, data sheet); and at "
