@@ -139,7 +139,8 @@ def number(name: str, value: object, *, low: float = -math.inf, open_low: bool =
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be {want}; got {came(value)}")
     size = _as_float(value)
-    if not math.isfinite(size) or size < low or (open_low and size == low):
+    # isfinite in other words, which torch.compile understands of a number that it keeps symbolic too
+    if not -math.inf < size < math.inf or size < low or (open_low and size == low):
         raise ValueError(f"{name} must be {want}; got {came(value)}")
     if abs(size) > LARGEST or (open_low and size - low < 1 / LARGEST):
         room = "between 2^-100 and 2^100" if open_low else "within 2^100"

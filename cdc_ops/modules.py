@@ -200,7 +200,7 @@ class FrontDoorAggregator(nn.Module):
                 if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                     raise ValueError(f"{name} must be a positive integer for marginal 'bank'; got {size!r}")
                 sizes.append(size)
-            self.register_buffer("memory", torch.zeros(sizes))
+            self.register_buffer("memory", torch.zeros(sizes, dtype=torch.float32))
             self.register_buffer("count", torch.zeros((), dtype=torch.long))  # inputs ever seen
 
     @torch.no_grad()

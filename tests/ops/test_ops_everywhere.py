@@ -1,4 +1,4 @@
-"""Every public operation inside somebody's autocast: computed in float32 all the same, to the last bit."""
+"""Every public operation inside somebody's autocast, inference mode or torch.compile: the same numbers."""
 
 import pytest
 import torch
@@ -81,3 +81,71 @@ def test_autocast_changes_nothing(name, half):
         cast = tree_leaves(CALLS[name]())
     for a, b in zip(plain, cast, strict=True):
         assert b.dtype == torch.float32 and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_inference_mode_changes_nothing_then_or_afterwards(name):
+    plain = tree_leaves(CALLS[name]())
+    with torch.inference_mode():
+        inferred = tree_leaves(CALLS[name]())
+    for a, b, c in zip(plain, inferred, tree_leaves(CALLS[name]()), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def step(x, t, y, e, p_s, p_y):
+    """One call of everything that a training step may hold."""
+    index = y % e.shape[-1]
+    return [
+        cdc_ops.fused_opinion(x, t, scale=3.0, normalize=False).conflict,
+        cdc_ops.fused_topk(x, t, 2, scale=3.0).prob,
+        cdc_ops.evidential_cross_entropy(x, t, index, scale=3.0, rule="weighted", activation="softplus"),
+        cdc_ops.dirichlet_cross_entropy(e[:, 0], index, kl_weight=0.1, form="mse", prior_weight=0.01),
+        cdc_ops.decoupling_loss(t),
+        cdc_ops.consistency_loss(t, t[0]),
+        cdc_ops.discount(e, e[:, :, 0].clamp(max=1.0), 0.01),
+        cdc_ops.conflict(e, 1, 0.01),
+        cdc_ops.fuse_log_ratio(e, 1, "averaging"),
+        *(cdc_ops.fuse_evidence(e, 1, rule, W) for rule in ("dempster", "weighted") for W in (0.01, None)),
+        *values(cdc_ops.Opinion.from_evidence(e)),
+        *values(cdc_ops.Opinion.from_log_ratio(e)),
+        cdc_ops.frontdoor_adjust(p_s, p_y, e[:, 0, 0]),
+        cdc_ops.FrontDoorAggregator("self")(p_s, p_y),
+    ]
+
+
+def check_compiled(function, inputs, batches, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for B in batches:
+        here = [v[:B] for v in inputs]
+        for a, b in zip(function(*here), compiled(*here), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_without_a_graph_break():
+    check_compiled(step, (x, t, y, e, p_s, p_y), [4], None)
+
+
+def test_compiles_for_sizes_that_stay_symbolic():
+    def loss(x, e, y):
+        return [
+            cdc_ops.evidential_cross_entropy(x, t, y, scale=3.0),
+            cdc_ops.fuse_evidence(e, 1),
+        ]
+
+    check_compiled(loss, (x, e, y), [4, 3], True)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32, torch.uint16])
+def test_a_target_may_have_any_integer_type(kind):
+    assert torch.equal(*(cdc_ops.evidential_cross_entropy(x, t, v, scale=3.0) for v in (y, y.to(kind))))
+
+
+def test_modules_are_float32_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        modules = cdc_ops.EvidenceHead(2), cdc_ops.FrontDoorAggregator("bank", bank_size=4, semantics=2, classes=5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    held = [v for m in modules for v in m.state_dict().values() if v.dtype.is_floating_point]
+    assert len(held) == 3 and all(v.dtype == torch.float32 for v in held)
