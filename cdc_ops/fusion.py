@@ -85,7 +85,7 @@ def fuse_evidence(
         rule: see above.
         prior_weight: ``W``, default K. (Only Dempster's and the weighted rule depend on it.)
         backend: ``"reference"`` (plain PyTorch), ``"triton"`` (one pass over memory; the weighted rule two), or None:
-            triton on a GPU that can run it, else reference.
+            triton on a GPU that can run it, else reference. Triton takes float32 and a prior_weight of at least 2^-20.
 
     For sources of limited reliability, :func:`discount` first: ``fuse_evidence(discount(evidence, r), dim)``.
 
@@ -108,7 +108,7 @@ def fuse_evidence(
     evidence = checks.evidence(evidence, "[..., M, ..., K]")
     dim = checks.source_dim(evidence, dim)
     W = checks.prior_weight(prior_weight, evidence.shape[-1])
-    triton = kernels(backend, evidence)
+    triton = kernels(backend, evidence, W)
     if triton is not None:
         return triton.fuse_evidence(evidence, dim, rule, W)
     e = at_least_float32(evidence)

@@ -34,6 +34,8 @@ from cdc_ops.dirichlet import RowSums, loss_from_row_sums
 
 BACKENDS = ("reference", "blocked", "triton")
 KERNEL_BACKENDS = ("reference", "triton")  # of operations on ready-made evidence or features
+#: Kernels that hold evidence divide it by W in float32, where 2^100, the largest evidence of a logit, must fit.
+LEAST_PRIOR_WEIGHT = 2.0**-20
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
 
 
@@ -139,11 +141,11 @@ def choose(name: str | None, problem: Problem) -> Backend:
     """
     if name is None:
         name = "reference" if torch.compiler.is_compiling() else "blocked"
-        if name == "blocked" and _on_gpu_with_kernels(problem.image.device, problem.dtype):
+        if name == "blocked" and problem.image.device.type == "cuda" and _why_not_these_kernels(problem) is None:
             name = "triton"
     checks.one_of("backend", name, BACKENDS)
     if name == "triton":
-        _require_triton(problem.image.device, problem.dtype)
+        _refuse(_why_not_these_kernels(problem))
         from cdc_ops.backends import triton
 
         return cast(Backend, triton)
@@ -154,39 +156,43 @@ def choose(name: str | None, problem: Problem) -> Backend:
     return cast(Backend, importlib.import_module("cdc_ops.backends.blocked"))
 
 
-def kernels(name: str | None, x: Tensor) -> ModuleType | None:
+def kernels(name: str | None, x: Tensor, prior_weight: float = 1.0) -> ModuleType | None:
     """The backend "triton" if an operation on ready-made ``x`` goes there, or None for plain PyTorch.
 
     These operations know two backends, "reference" and "triton"; None picks as in :func:`choose`.
     """
-    if name is None and (torch.compiler.is_compiling() or not _on_gpu_with_kernels(x.device, x.dtype)):
-        name = "reference"
-    name = "triton" if name is None else name
+    why = _why_not_triton(x.device, x.dtype, prior_weight)
+    if name is None:
+        runs = x.device.type == "cuda" and why is None and not torch.compiler.is_compiling()
+        name = "triton" if runs else "reference"
     checks.one_of("backend", name, KERNEL_BACKENDS)
     if name == "reference":
         return None
-    _require_triton(x.device, x.dtype)
+    _refuse(why)
     from cdc_ops.backends import triton
 
     return triton
 
 
-def _on_gpu_with_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and _why_not_triton(device, dtype) is None
-
-
-def _require_triton(device: torch.device, dtype: torch.dtype) -> None:
-    """The kernels can run here, or one sentence why not."""
-    why = _why_not_triton(device, dtype)
+def _refuse(why: str | None) -> None:
     if why is not None:
         raise BackendUnavailableError(f"backend='triton' cannot run here: {why}; use another backend or None")
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_these_kernels(problem: Problem) -> str | None:
+    # exp evidence is never formed: any prior weight will do
+    held = 1.0 if problem.activation == "exp" else problem.prior_weight
+    return _why_not_triton(problem.image.device, problem.dtype, held)
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype, prior_weight: float) -> str | None:
+    """One sentence why the kernels cannot run here with evidence of this prior weight, or None."""
     if not _HAS_TRITON:
         return "Triton is not installed"
     if dtype == torch.float64:
         return "its kernels compute in float32, and an input is float64"
+    if prior_weight < LEAST_PRIOR_WEIGHT:
+        return f"its kernels take a prior_weight of at least 2^-20 for evidence in float32; got {prior_weight:g}"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU, where Triton only runs interpreted (TRITON_INTERPRET=1, for tests)"
     if device.type not in ("cpu", "cuda"):

@@ -18,7 +18,6 @@ from cdc_kernels.special import (
     digamma,
     lgamma,
     log1p,
-    log1p_ratio,
     log_expm1,
     log_or_nothing,
     logaddexp,
@@ -50,12 +49,10 @@ def evidence(z, log_w, ACTIVATION: tl.constexpr):
         y = z - log_w
         return y, softplus(y)
     elif ACTIVATION == "softplus":
-        y = _log_softplus(z) - log_w
-        return y, log1p_ratio(softplus(z), y, log_w)
+        return _log_softplus(z) - log_w, log1p(softplus(z) * tl.exp(-log_w))
     else:
         e = tl.maximum(z, 0.0)
-        y = log_or_nothing(e) - log_w
-        return y, log1p_ratio(e, y, log_w)
+        return log_or_nothing(e) - log_w, log1p(e * tl.exp(-log_w))
 
 
 @triton.jit

@@ -7,15 +7,14 @@ import triton
 import triton.language as tl
 
 from cdc_kernels.epilogue import fuse, fused, leave_linear
-from cdc_kernels.special import expm1, log1p_ratio, log_or_nothing
+from cdc_kernels.special import expm1, log1p, log_or_nothing
 
 
 @triton.jit
 def prompt_state(e_ptr, at, mask, log_w):
     """y = ln(e / W) and l = ln(1 + e / W) of one opinion."""
     e = tl.load(e_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    y = log_or_nothing(e) - log_w
-    return y, log1p_ratio(e, y, log_w)
+    return log_or_nothing(e) - log_w, log1p(e * tl.exp(-log_w))
 
 
 @triton.jit
@@ -40,10 +39,7 @@ def fuse_forward_kernel(
 ):  # fmt: skip
     """Owns BLOCK of the N K fused values; ``top`` is the largest l whose evidence is finite."""
     i, mask, _, L = fused_block(e_ptr, M, K, total, e_n, e_m, e_k, log_w, log_share, RULE, BLOCK)
-    L = tl.minimum(L, top)
-    # for a W below 1, expm1 overflows before e does
-    e = tl.where(L < 60.0, expm1(tl.minimum(L, 60.0)) * tl.exp(log_w), tl.exp(L + log_w))
-    tl.store(out_ptr + i, e, mask=mask)
+    tl.store(out_ptr + i, expm1(tl.minimum(L, top)) * tl.exp(log_w), mask=mask)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def _fuse_numbers(evidence: Tensor, rule: str, prior_weight: float) -> dict[str,
     """What both fusion kernels are told about evidence [N, M, K]."""
     N, M, K = evidence.shape
     e_n, e_m, e_k = evidence.stride()
-    top = math.log(torch.finfo(torch.float32).max) - 1e-4 - math.log(prior_weight)
+    top = math.log(torch.finfo(torch.float32).max) - 1e-4 - math.log(max(prior_weight, 1.0))
     return {
         "M": M,
         "K": K,

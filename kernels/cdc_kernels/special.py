@@ -60,12 +60,6 @@ def log1p(x):
 
 
 @triton.jit
-def log1p_ratio(e, y, log_w):
-    """``ln(1 + e / W)`` from e and ``y = ln(e / W)``, which it is where the quotient may overflow."""
-    return tl.where(y > 80.0, y, log1p(e * tl.exp(-log_w)))
-
-
-@triton.jit
 def expm1(x):
     """``exp(x) - 1``."""
     s = tl.minimum(tl.maximum(x, -0.5), 0.5)
