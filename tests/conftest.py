@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     # before anything imports Triton: the kernels' tests run in its CPU interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from trees import SPLIT_FILES, SYNSETS, imagenet_tree, split_file_tree, variant_tree
 
 from cdc_models.clip import ClipBackbone, load_clip
 from cdc_models.clip.sources import build_network
@@ -115,4 +118,36 @@ def trained(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "cdc"
     small = ["--shots=4", "--epochs=2", "--options.n_templates=2", "--options.views=[none,grey]"]
     main(["train", f"--data={photos}", "--backbone=bundled", *small, f"--out={out}", "--workers=0", "--quiet"])
+    return out
+
+
+@pytest.fixture(scope="session")
+def published_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    for dataset in SPLIT_FILES:
+        if dataset.name in ("EuroSAT", "DescribableTextures"):
+            split_file_tree(root, dataset, classes=4, images=6)
+    imagenet_tree(root)
+    variant_tree(root, "ImageNetR", sorted(SYNSETS)[:2])
+    return root
+
+
+@pytest.fixture(scope="session")
+def protocol_run(published_root, tmp_path_factory):
+    """A folder with a finished base-to-new run."""
+    from cdc_models.cli import main
+
+    out = tmp_path_factory.mktemp("protocol") / "run"
+    data = [f"--root={published_root}", "--datasets=[eurosat,DTD]"]
+    run = (
+        "--backbone=bundled",
+        "--methods=[zero_shot,coop]",
+        "--settings={}",
+        "--seeds=[1,2]",
+        "--shots=2",
+        "--epochs=1",
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*figures will not compare with published ones")
+        main(["protocol", "base-to-new", *run, *data, f"--out={out}", "--workers=0", "--quiet"])
     return out

@@ -26,8 +26,8 @@ def results(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def test_base_to_new_rows(finished):
-    rows = results(finished)
+def test_base_to_new_rows(protocol_run):
+    rows = results(protocol_run)
     assert len(rows) == 2 * 2 * 2 * 2  # datasets, methods, seeds, halves
     for row in rows:
         assert row["dataset"] in ("EuroSAT", "DescribableTextures") and row["split"] in ("base", "new")
@@ -49,31 +49,31 @@ def same(one, other):
     return all(one[name] == other[name] for name in ("dataset", "method", "seed", "shots"))
 
 
-def test_base_to_new_tables(finished):
-    summary = json.loads((finished / "summary.json").read_text())["cells"]
-    rows = results(finished)
+def test_base_to_new_tables(protocol_run):
+    summary = json.loads((protocol_run / "summary.json").read_text())["cells"]
+    rows = results(protocol_run)
     cell = next(c for c in summary if (c["dataset"], c["method"], c["figure"]) == ("EuroSAT", "coop", "base"))
     values = [
         100 * r["accuracy"] for r in rows if (r["dataset"], r["method"], r["split"]) == ("EuroSAT", "coop", "base")
     ]
     assert cell["mean"] == sum(values) / 2 and cell["std"] == stdev(values) and cell["seeds"] == [1, 2]
     for name in ("table.md", "table.tex"):
-        text = (finished / name).read_text()
+        text = (protocol_run / name).read_text()
         assert "DescribableTextures" in text and "average" in text and "calibrated ECE" in text
-    settings = yaml.safe_load((finished / "config.yaml").read_text())
+    settings = yaml.safe_load((protocol_run / "config.yaml").read_text())
     assert settings["momentum"] == 0.9 and settings["seeds"] == [1, 2] and settings["backbone"] == "bundled"
 
 
-def test_it_goes_on_where_it_stopped(finished, root, cdc, tmp_path, monkeypatch):
+def test_it_goes_on_where_it_stopped(protocol_run, published_root, cdc, tmp_path, monkeypatch):
     import shutil
 
     out = tmp_path / "run"
-    shutil.copytree(finished, out)
+    shutil.copytree(protocol_run, out)
     lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
     (out / "results.jsonl").write_text("".join(lines[:-1]) + lines[-1][:50])  # killed within the last line
     loss, calls = CoOp.objective, []
     monkeypatch.setattr(CoOp, "objective", lambda self, *a: calls.append(1) or loss(self, *a))
-    data = [f"--root={root}", "--datasets=[eurosat,DTD]"]
+    data = [f"--root={published_root}", "--datasets=[eurosat,DTD]"]
     assert cdc("protocol", "base-to-new", *SMALL, *data, f"--out={out}")[0] == 0
     again = {
         row["key"]: row for row in map(json.loads, filter(whole, (out / "results.jsonl").read_text().splitlines()))
@@ -92,7 +92,7 @@ def whole(line):
     return line.endswith("}")
 
 
-def test_ctrl_c_within_a_training(root, cdc, tmp_path, monkeypatch):
+def test_ctrl_c_within_a_training(published_root, cdc, tmp_path, monkeypatch):
     loss, calls = CoOp.objective, []
 
     def interrupt_the_second(self, *arguments):
@@ -102,7 +102,14 @@ def test_ctrl_c_within_a_training(root, cdc, tmp_path, monkeypatch):
         return loss(self, *arguments)
 
     monkeypatch.setattr(CoOp, "objective", interrupt_the_second)
-    arguments = ("protocol", "base-to-new", *SMALL, f"--root={root}", "--datasets=[eurosat]", f"--out={tmp_path}")
+    arguments = (
+        "protocol",
+        "base-to-new",
+        *SMALL,
+        f"--root={published_root}",
+        "--datasets=[eurosat]",
+        f"--out={tmp_path}",
+    )
     status, out, err = cdc(*arguments)
     assert status == 130 and "the same command goes on from there" in err and "Traceback" not in err
     assert len(results(tmp_path)) == 6 and out == ""  # seed 1 is whole, of seed 2 zero-shot
@@ -111,8 +118,15 @@ def test_ctrl_c_within_a_training(root, cdc, tmp_path, monkeypatch):
     assert not list((tmp_path / "adapters").glob("*.checkpoint"))
 
 
-def test_few_shot(root, cdc_json, tmp_path):
-    arguments = (*SMALL, f"--root={root}", "--datasets=[eurosat]", "--shots=[1,2]", "--seeds=[1]", f"--out={tmp_path}")
+def test_few_shot(published_root, cdc_json, tmp_path):
+    arguments = (
+        *SMALL,
+        f"--root={published_root}",
+        "--datasets=[eurosat]",
+        "--shots=[1,2]",
+        "--seeds=[1]",
+        f"--out={tmp_path}",
+    )
     said = cdc_json("protocol", "few-shot", *arguments)
     tests = [c for c in said["cells"] if c["figure"] == "test"]
     assert [(c["method"], c["shots"]) for c in tests] == [("zero_shot", 1), ("coop", 1), ("zero_shot", 2), ("coop", 2)]
@@ -121,10 +135,10 @@ def test_few_shot(root, cdc_json, tmp_path):
     assert {(row["split"], row["images"], row["H"]) for row in results(tmp_path)} == {("test", 4, None)}
 
 
-def test_transfer_from_one_training_to_many_test_sets(root, cdc_json, tmp_path, monkeypatch):
+def test_transfer_from_one_training_to_many_test_sets(published_root, cdc_json, tmp_path, monkeypatch):
     loss, calls = CoOp.objective, []
     monkeypatch.setattr(CoOp, "objective", lambda self, *a: calls.append(1) or loss(self, *a))
-    small = (*SMALL, f"--root={root}", "--seeds=[1]")
+    small = (*SMALL, f"--root={published_root}", "--seeds=[1]")
     said = cdc_json("protocol", "cross-dataset", *small, "--datasets=[eurosat,DTD]", f"--out={tmp_path / 'cross'}")
     assert len(calls) == 2  # eight images in batches of four, once
     means = {(c["dataset"], c["method"]): c["mean"] for c in said["cells"] if c["figure"] == "test"}
@@ -136,11 +150,11 @@ def test_transfer_from_one_training_to_many_test_sets(root, cdc_json, tmp_path, 
     assert [c["dataset"] for c in said["cells"] if c["figure"] == "test"] == ["ImageNet"] * 2 + ["ImageNetR"] * 2
 
 
-def test_zero_shot_takes_the_template_of_what_it_is_tested_on(root, cdc_json, tmp_path):
-    arguments = ("--backbone=bundled", "--methods=[zero_shot]", f"--root={root}", "--seeds=[1]", "--shots=1")
+def test_zero_shot_takes_the_template_of_what_it_is_tested_on(published_root, cdc_json, tmp_path):
+    arguments = ("--backbone=bundled", "--methods=[zero_shot]", f"--root={published_root}", "--seeds=[1]", "--shots=1")
     cdc_json("protocol", "cross-dataset", *arguments, "--datasets=[eurosat]", f"--out={tmp_path}", "--settings={}")
     (row,) = (row for row in results(tmp_path) if row["dataset"] == "EuroSAT")
-    said = cdc_json("evaluate", "--data=EuroSAT", f"--root={root}", "--backbone=bundled")
+    said = cdc_json("evaluate", "--data=EuroSAT", f"--root={published_root}", "--backbone=bundled")
     assert row["brier"] == said["brier"]
 
 
@@ -152,10 +166,10 @@ def test_ones_own_folder_even_by_the_name_of_a_papers_dataset(photos, cdc_json, 
     assert {c["dataset"] for c in said["cells"]} == {"./EuroSAT"} and results(tmp_path / "out")[0]["images"] == 6
 
 
-def test_a_row_with_options_of_its_own(root, cdc_json, tmp_path):
+def test_a_row_with_options_of_its_own(published_root, cdc_json, tmp_path):
     settings = json.dumps({"long CoOp": {"method": "coop", "options": {"n_ctx": 3}, "lr": 0.01}})
     arguments = ("--backbone=bundled", "--methods=[long CoOp]", f"--settings={settings}", "--seeds=[1]", "--shots=1")
-    cdc_json("protocol", "base-to-new", *arguments, f"--root={root}", "--datasets=[dtd]", f"--out={tmp_path}")
+    cdc_json("protocol", "base-to-new", *arguments, f"--root={published_root}", "--datasets=[dtd]", f"--out={tmp_path}")
     rows = results(tmp_path)
     assert {row["method"] for row in rows} == {"long CoOp"} and rows[0]["learned"] == 3 * 128
     assert rows[0]["recipe"]["training"]["lr"] == 0.01 and rows[0]["recipe"]["training"]["epochs"] == 5
@@ -186,8 +200,14 @@ def test_the_published_settings_are_the_defaults(cdc):
         (["--shots=0"], "shots"),
     ],
 )
-def test_errors_are_one_sentence(arguments, message, root, cdc, tmp_path):
-    given = ("--backbone=bundled", f"--root={root}", "--datasets=[eurosat]", f"--out={tmp_path / 'x'}", *arguments)
+def test_errors_are_one_sentence(arguments, message, published_root, cdc, tmp_path):
+    given = (
+        "--backbone=bundled",
+        f"--root={published_root}",
+        "--datasets=[eurosat]",
+        f"--out={tmp_path / 'x'}",
+        *arguments,
+    )
     status, out, err = cdc("protocol", "base-to-new", *given)
     assert (status, out) == (2, "") and message in err and "Traceback" not in err
     assert not (tmp_path / "x").exists()

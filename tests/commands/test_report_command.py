@@ -20,16 +20,16 @@ def folder_of(path, lines):
     return path
 
 
-def test_a_protocols_tables_again(finished, tmp_path, cdc_command):
-    made = {name: (finished / name).read_text() for name in TABLES}
-    again = folder_of(tmp_path / "again", lines_of(finished))
+def test_a_protocols_tables_again(protocol_run, tmp_path, cdc_command):
+    made = {name: (protocol_run / name).read_text() for name in TABLES}
+    again = folder_of(tmp_path / "again", lines_of(protocol_run))
     status, out, err = cdc_command("report", f"--runs=[{again}]")
     assert status == 0 and "EuroSAT" in out, err
     assert {name: (again / name).read_text() for name in TABLES} == made
 
 
-def test_seeds_of_two_folders_are_put_together(finished, tmp_path, cdc_command):
-    lines = lines_of(finished)
+def test_seeds_of_two_folders_are_put_together(protocol_run, tmp_path, cdc_command):
+    lines = lines_of(protocol_run)
     parts = [[x for x in lines if json.loads(x)["seed"] == seed] for seed in (1, 2)]
     folders = [folder_of(tmp_path / str(i), part + lines[:1]) for i, part in enumerate(parts)]  # one row in both
     status, out, _ = cdc_command(
@@ -37,7 +37,7 @@ def test_seeds_of_two_folders_are_put_together(finished, tmp_path, cdc_command):
     )
     assert status == 0
     whole = {tuple(c[k] for k in ("dataset", "method", "figure")): c for c in json.loads(out)["cells"]}
-    for cell in json.loads((finished / "summary.json").read_text())["cells"]:
+    for cell in json.loads((protocol_run / "summary.json").read_text())["cells"]:
         again = whole[tuple(cell[k] for k in ("dataset", "method", "figure"))]
         assert again["seeds"] == [1, 2] and again["mean"] == pytest.approx(cell["mean"])
 
@@ -57,8 +57,8 @@ def test_a_demo_again(tmp_path, cdc_command, capsys):
     assert (out / "table.md").read_text() == table and (out / "coverage.png").stat().st_size > 10_000
 
 
-def test_what_is_refused(finished, tmp_path, cdc_command):
-    lines = lines_of(finished)
+def test_what_is_refused(protocol_run, tmp_path, cdc_command):
+    lines = lines_of(protocol_run)
 
     def edited(name, **changes):
         return folder_of(tmp_path / name, [*lines, json.dumps({**json.loads(lines[0]), "key": name, **changes}) + "\n"])
@@ -66,13 +66,13 @@ def test_what_is_refused(finished, tmp_path, cdc_command):
     def alone(name, **row):
         return folder_of(tmp_path / name, [json.dumps({"key": "a", **row}) + "\n"])
 
-    shutil.copytree(finished, tmp_path / "copy")
+    shutil.copytree(protocol_run, tmp_path / "copy")
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         ([f"--runs=[{tmp_path / 'nowhere'}]"], "results.jsonl is not there"),
         ([f"--runs=[{tmp_path / 'empty'}]"], "results.jsonl is not there"),
         (["--runs=[]"], "at least one folder"),
-        ([f"--runs=[{finished},{tmp_path / 'copy'}]"], "out: expected a folder"),
+        ([f"--runs=[{protocol_run},{tmp_path / 'copy'}]"], "out: expected a folder"),
         ([f"--runs=[{folder_of(tmp_path / 'damaged', ['not JSON'])}]"], "holds no results"),
         ([f"--runs=[{edited('protocol', protocol='few-shot')}]"], "one protocol, got base-to-new, few-shot"),
         ([f"--runs=[{edited('clip', pretrained='openai')}]"], "one CLIP"),
