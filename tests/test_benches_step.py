@@ -60,7 +60,7 @@ def test_the_text_tower_is_compared_and_timed(tmp_path, capsys, monkeypatch):
 
 
 def test_memory_by_chunk(tmp_path, monkeypatch):
-    def here(backbone, device, *rest):
+    def here(backbone, device, *rest, **environment):
         *counts, way = rest
         return text_memory.measure(backbone, device, *counts, way)
 
