@@ -34,7 +34,7 @@ def test_a_step_is_measured_case_by_case_and_goes_on_where_it_stopped(tmp_path, 
     assert "| CDC, M = 4, published | left out: would hold about" in table and step.PLAIN in table
     assert (tmp_path / "steps.png").stat().st_size > 10_000
     step.main([*small, "--out", str(tmp_path)])
-    assert len(one_process) == 10
+    assert one_process[10:] == ["step"] * 2  # those that were left out
 
 
 def test_pieces_of_the_published_way_do_the_same_work(bundled):
