@@ -78,7 +78,7 @@ def full_size_context(variant, dtype):
     return small_backbone((whole, vision, text | {"context_length": 77}), dtype=dtype)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     variant=st.sampled_from(["flat", *TEXT_VARIANTS]),
     names=name_lists,
