@@ -129,8 +129,8 @@ PUBLISHED = """\
 
 What differs: the published script's learning rate is 0.0003. At 0.003 cdc_ops ends where others report the published
 code to end, one test image (0.25 %) short of the paper. From the same weights and batches the published formulas
-answer every test image as cdc_ops does (tests/ops/test_tmc_handwritten.py): the image is not lost in the arithmetic,
-but in settings of the paper's runs that its code does not show.\
+answer every test image as cdc_ops does (tests/ops/test_tmc_handwritten.py): the image is not lost in our
+arithmetic; which setting of the paper's runs gives it is not known here.\
 """
 
 
