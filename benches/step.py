@@ -316,7 +316,7 @@ def plot(sizes: list[list[dict[str, Any]]], path: Path) -> None:
         axis.set_title(f"{rows[0]['classes']} classes, batch {rows[0]['batch']}")
         axis.set_xlabel("seconds a step (dotted: MaPLe, published)")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, loc="lower right")
+    axes[0][0].legend(frameon=False, loc="upper right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
