@@ -31,12 +31,14 @@ class TarImages(Dataset[tuple[Any, int]]):
 
     An image is a plain member whose name ends as pictures do and whose last part does not begin with a dot; other
     members (labels, captions) are passed over. A member's name is a label and never a path: nothing is written, links
-    are not followed, and a name such as "../x.jpg" is one like any other. What cannot be decoded raises
-    `BadImageError`, as of an `ImageList`.
+    are not followed, and a name such as "../x.jpg" is one like any other.
 
     Args:
         file: an uncompressed .tar file.
         transform: of the PIL image (mode RGB).
+
+    Raises:
+        BadImageError: from `dataset[i]`, for a member that cannot be decoded, as of an `ImageList`.
 
     Attributes:
         names: "file.tar::member" of each image.

@@ -245,6 +245,10 @@ def push_adapter(
     Raises:
         ValueError: for a name that no repository can have. OSError: if the hub refuses or cannot be reached.
         ImportError: without huggingface_hub.
+
+    Example:
+        >>> push_adapter(model, "owner/pets")  # doctest: +SKIP
+        'hf-hub:owner/pets'
     """
     full = hub.create(repository, private, token)
     address = f"{hub.PREFIX}{full}"
