@@ -19,7 +19,7 @@ PUBLIC = {
 CALLED = {name: thing for name, thing in PUBLIC.items() if callable(thing)}  # the others are tables and numbers
 # Shown where they are returned, raised or read from: what nobody makes himself.
 SHOWN_ELSEWHERE = {
-    *("BadImageError", "CheckpointError", "DatasetError", "UnsupportedBackboneError"),
+    *("AdapterError", "BadImageError", "CheckpointError", "DatasetError", "UnsupportedBackboneError"),
     *("CachedFeatures", "ClassTokens", "EmojiBenchmark", "Evaluation", "Features", "FitResult"),
     *("ImageDataset", "ImageReport", "ImageSet", "Published", "SkippedImage"),
 }

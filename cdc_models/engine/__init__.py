@@ -1,6 +1,6 @@
 """Training, calibration, evaluation and adapter files."""
 
-from cdc_models.engine.adapters import adapter_info, load_adapter, push_adapter, save_adapter
+from cdc_models.engine.adapters import AdapterError, adapter_info, load_adapter, push_adapter, save_adapter
 from cdc_models.engine.calibrate import calibrate
 from cdc_models.engine.checkpoint import CheckpointError
 from cdc_models.engine.evaluate import Evaluation, Features, evaluate, extract_features
@@ -8,6 +8,7 @@ from cdc_models.engine.feature_cache import CachedFeatures, FeatureLoader, cache
 from cdc_models.engine.fit import FitResult, fit, learning_rate
 
 __all__ = [
+    "AdapterError",
     "CachedFeatures",
     "CheckpointError",
     "Evaluation",
