@@ -84,9 +84,10 @@ class Opinion:
     @property
     def evidence(self) -> Tensor:
         """``e = S b`` [..., K]; saturates at the largest finite number."""
-        # S may exceed the dtype's range by itself, for tiny beliefs, or by its own rounding
-        log_strength = self.log_strength.clamp(max=largest_log(self.belief.dtype))
-        return self.belief * torch.exp(log_strength).unsqueeze(-1)
+        # S may exceed the dtype's range where S b does not: its root is multiplied twice
+        dtype = self.belief.dtype
+        root = torch.exp((self.log_strength / 2).clamp(max=largest_log(dtype))).unsqueeze(-1)
+        return (self.belief * root * root).clamp(max=torch.finfo(dtype).max)
 
     @property
     def alpha(self) -> Tensor:

@@ -29,6 +29,7 @@ opinion combine by ``Z = 1 + sum_r (Z_r - 1)``: design.md 4.1.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdc_ops import checks
-from cdc_ops.backends import Backend, Problem, choose, loss_from_sums
+from cdc_ops.backends import Backend, LossForm, Problem, choose, loss_from_sums
 from cdc_ops.dirichlet import RowSums, merged
 from cdc_ops.fusion import confidence_weight
 from cdc_ops.losses import make_loss_form, reduce
@@ -215,13 +216,14 @@ def make_shard(
     image: Tensor,
     text: Tensor,
     arguments: tuple[Any, ...],
-    options: object = None,
+    backend: str | None,
+    options: Callable[[], object] = lambda: None,
     targets: tuple[Tensor, ...] = (),
 ) -> Shard:
     """Check this rank's arguments, agree with the others, and find this rank's place among the classes.
 
-    arguments: the others of :func:`make_problem`, in its order; options: what else must be the same on every rank;
-    targets: one or none.
+    arguments: the others of :func:`make_problem`, in its order; options: makes what else must be the same on every
+    rank, or refuses it; targets: one or none. What one rank refuses is an error on all: the others wait for this one.
     """
     check_group(group)
     empty = isinstance(text, Tensor) and text.dim() == 3 and text.shape[1] == 0
@@ -230,7 +232,8 @@ def make_shard(
         problem = make_problem(image, F.pad(text, (0, 0, 0, 1)) if empty else text, *arguments)
         for given in targets:
             target = checks.class_indices(given, [len(image)], image.device)
-        alike = [x for x in arguments if not isinstance(x, Tensor)], options
+        choose(backend, problem)
+        alike = [x for x in arguments if not isinstance(x, Tensor)], options()
         mine = claim(problem, 0 if empty else text.shape[1], target, alike)
     except ValueError as error:
         refusal = error  # raised when the other ranks, which wait for this one, know
@@ -345,7 +348,7 @@ def fused_opinion(
     >>> dist.destroy_process_group()
     """
     arguments = scale, bias, activation, rule, prior_weight, normalize
-    shard = make_shard(group, image, text, arguments)
+    shard = make_shard(group, image, text, arguments, backend)
     with torch.autocast(image.device.type, enabled=False):
         chosen = choose(backend, shard.problem)
         log_ratio, log_partition, prompts = chosen.fused_opinion(shard.weighted(chosen))
@@ -392,7 +395,7 @@ def fused_topk(
     """
     arguments = scale, bias, activation, rule, prior_weight, normalize
     with torch.no_grad(), torch.autocast(getattr(image, "device", torch.device("cpu")).type, enabled=False):
-        shard = make_shard(group, image, text, arguments, options=k)
+        shard = make_shard(group, image, text, arguments, backend, lambda: k)
         checks.how_many("k", k, shard.problem.classes)
         chosen = choose(backend, shard.problem)
         here = min(k, shard.problem.text.shape[1])
@@ -450,8 +453,12 @@ def evidential_cross_entropy(
     >>> dist.destroy_process_group()
     """
     arguments = scale, bias, activation, rule, prior_weight, normalize
-    loss = make_loss_form(form, kl_weight, prompt_weight, fused_weight, reduction)
-    shard = make_shard(group, image, text, arguments, (loss, reduction), (target,))
+
+    def loss_form() -> LossForm:
+        return make_loss_form(form, kl_weight, prompt_weight, fused_weight, reduction)
+
+    shard = make_shard(group, image, text, arguments, backend, lambda: (loss_form(), reduction), (target,))
+    loss = loss_form()
     assert shard.target is not None
     with torch.autocast(image.device.type, enabled=False):
         chosen = choose(backend, shard.problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -161,9 +162,15 @@ def read_batches(
         batch_sampler=[b[len(b) * rank // count : len(b) * (rank + 1) // count] for b in batches],
         num_workers=num_workers,
         collate_fn=_collate,
+        worker_init_fn=_leave_ctrl_c_to_the_parent,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),  # it seeds workers; without one, torch's own would be drawn from
     )
+
+
+def _leave_ctrl_c_to_the_parent(worker: int) -> None:
+    """A terminal's Ctrl-C reaches readers too; they must outlive it, for the step under way to be finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(samples: list[Any]) -> tuple[Batch | None, list[SkippedImage]]:

@@ -250,10 +250,10 @@ def push_adapter(
         >>> push_adapter(model, "owner/pets")  # doctest: +SKIP
         'hf-hub:owner/pets'
     """
-    full = hub.create(repository, private, token)
-    address = f"{hub.PREFIX}{full}"
     with TemporaryDirectory() as folder:
-        save_adapter(model, Path(folder) / IN_REPOSITORY, summary)
+        save_adapter(model, Path(folder) / IN_REPOSITORY, summary)  # refuses bad input before anything is made
+        full = hub.create(repository, private, token)
+        address = f"{hub.PREFIX}{full}"
         (Path(folder) / "README.md").write_text(model_card(model, address, summary), encoding="utf-8")
         hub.upload(full, Path(folder), f"Adapter of the method {model.name}", token)
     return address

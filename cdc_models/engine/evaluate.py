@@ -135,7 +135,7 @@ def extract_features(model: Method, loader: Labelled, *, progress: bool = True, 
     progress = progress and processes.is_first()
     batches = track(loader, f"reading {what}", total=total, transient=True) if progress else loader
     device, (rank, count), parts = model.backbone.device, processes.part(), getattr(loader, "part", (0, 1))
-    if count > 1 and parts not in ((0, 1), (rank, count)):
+    if parts not in ((0, 1), (rank, count)):
         raise ValueError(f"loader: expected one of everything or of part {(rank, count)}, got part {parts}")
     pairs, sizes = [], []
     for x, y in map(pair_of, batches):

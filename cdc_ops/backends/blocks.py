@@ -101,7 +101,8 @@ class Blocks:
         # few images: wider blocks, so that each is worth its overhead
         most = BLOCK_COLUMNS * (BLOCK_ROWS // self.rows)
         #: largest ln(1 + v) kept in linear space: a row sum of these cannot overflow
-        self.limit = math.log(torch.finfo(problem.dtype).max) - math.log(min(most, self.K)) - 1
+        terms = min(most, self.K) * (self.M if problem.rule == "cumulative" else 1)
+        self.limit = math.log(torch.finfo(problem.dtype).max) - math.log(terms) - 1
         self.log_w = math.log(problem.prior_weight)
         constant = torch.zeros_like(problem.scale) if problem.bias is None else problem.bias
         #: what is added to scale * <x, t>: for exp evidence the block is made as ln v = z - ln W

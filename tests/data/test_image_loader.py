@@ -1,7 +1,9 @@
 """Lists of image files, batches of them, and what is said about those that cannot be read."""
 
 import json
+import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -191,3 +193,16 @@ def test_a_torchvision_transform_in_worker_processes(good):
     transform = v2.Compose([v2.ToImage(), v2.RandomResizedCrop(8), v2.ToDtype(torch.float32, scale=True)])
     (images, targets), *_ = ImageLoader(good.with_transform(transform), 10, seed=1, num_workers=1)
     assert images.shape == (10, 3, 8, 8) and sorted(targets.tolist()) == [0] * 5 + [1] * 5
+
+
+class Interrupted(ImageList):
+    """Sends its reader what a terminal's Ctrl-C sends."""
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGINT)
+        return super().__getitem__(index)
+
+
+def test_ctrl_c_does_not_end_the_readers(good):
+    images = Interrupted(good.root, good.items, good.classes, good.transform)
+    assert sum(len(targets) for _, targets in ImageLoader(images, 2, num_workers=1)) == len(good)

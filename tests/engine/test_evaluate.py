@@ -48,6 +48,17 @@ def test_features_stand_for_their_loader(backbone, coloured, unknown):
     assert evaluate(model, read[0], unknown=read[1]).numbers() | {"seconds": 0} == direct.numbers() | {"seconds": 0}
 
 
+@pytest.mark.parametrize("part", [(0, 2), (1, 2)])
+def test_a_share_of_the_images_is_not_taken_for_all(part, backbone):
+    class Share(list):
+        pass
+
+    loader = Share([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))])
+    loader.part = part
+    with pytest.raises(ValueError, match="expected one of everything or of part"):
+        evaluate(ZeroShot(backbone, CLASSES), loader, progress=False)
+
+
 def test_a_probability_above_one_by_rounding_does_not_pass_for_a_logit(backbone, coloured, monkeypatch):
     model = ZeroShot(backbone, CLASSES)
     certain = torch.zeros(24, 3)

@@ -193,10 +193,21 @@ REFUSED = {
     "no target": (None, lambda a: a | {"target": None}, "target must be an integer tensor of shape .3.; got None"),
     "not finite": (1, lambda a: a | {"text": a["text"] / 0}, "refused on rank 1; the error there says why"),
     "not a tensor": (0, lambda a: a | {"text": [1.0]}, "refused on rank 0; the error there says why"),
+    "a weight out of range": (1, lambda a: a | {"kl_weight": -1.0}, "refused on rank 1"),
+    "no such form": (0, lambda a: a | {"form": "x"}, "refused on rank 0"),
+    "no such reduction": (1, lambda a: a | {"reduction": "x"}, "refused on rank 1"),
+    "no such backend": (1, lambda a: a | {"backend": "x"}, "refused on rank 1"),
     "no class": (None, lambda a: a | {"text": a["text"][:, :0]}, "text must hold at least one class on some rank"),
     "no group": (None, lambda a: a | {"group": "all"}, "group must be a torch.distributed.ProcessGroup .* got 'all'"),
 }
-ITS_OWN_WORDS = {"not finite": "text must have lengths within|text must be finite", "not a tensor": "text must be a fl"}
+ITS_OWN_WORDS = {
+    "not finite": "text must have lengths within|text must be finite",
+    "not a tensor": "text must be a fl",
+    "a weight out of range": "kl_weight must be",
+    "no such form": "form must be one of",
+    "no such reduction": "reduction must be one of",
+    "no such backend": "backend must be one of",
+}
 
 
 def refusals(rank, group):

@@ -120,3 +120,12 @@ def test_half_precision_is_computed_in_float32():
     assert e.dtype == torch.float32
     torch.testing.assert_close(e, z.float().exp())
     assert Opinion.from_evidence(e.half()).belief.dtype == torch.float32
+
+
+def test_evidence_where_the_strength_leaves_the_dtype():
+    opinion = Opinion.from_log_ratio(torch.tensor([[130.0, 60.0], [60.0, 20.0]]))
+    largest = torch.finfo(torch.float32).max
+    expected = [[largest, 2 * torch.tensor(60.0, dtype=torch.float64).expm1().item()], [2.2840e26, 2 * 485165194.4]]
+    torch.testing.assert_close(
+        opinion.evidence.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0
+    )

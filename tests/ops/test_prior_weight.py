@@ -176,3 +176,14 @@ def test_the_case_that_was_found():
     assert opinion.belief.tolist() == [1.0, 0.0]
     assert math.isclose(float(opinion.uncertainty), 1e-40, rel_tol=1e-3)
     assert math.isclose(float(opinion.evidence[0]), 1e30, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("M", [3, 8])
+@pytest.mark.parametrize("rule", ["cumulative", "averaging", "dempster"])
+def test_evidence_just_below_what_a_float_holds(M, rule):
+    top = math.log(torch.finfo(torch.float32).max) - math.log(2) - 1.01  # of one prompt
+    image, text = torch.ones(1, 1), torch.full((M, 2, 1), top)
+    options = {"scale": 1.0, "rule": rule, "prior_weight": 1.0, "normalize": False}
+    got = fused_opinion(image, text, backend="blocked", **options).log_ratio.double()
+    exact = fused_opinion(image.double(), text.double(), backend="reference", **options).log_ratio
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=0)
