@@ -13,7 +13,7 @@ from cdc_models.commands.protocol import write_tables
 from cdc_models.commands.settings import Output
 from cdc_models.demo import LEGEND, title_of
 from cdc_models.experiment import ABLATIONS, SETTINGS, Run, is_complete
-from cdc_models.protocols import PROTOCOLS
+from cdc_models.protocols import PROTOCOLS, TRANSFER
 from cdc_models.rows import Rows
 
 __all__ = ["Runs", "report"]
@@ -30,6 +30,7 @@ OF_A_TEST = (
     "calibrated_ece",
     "source",
     "recipe",
+    "backbone",
 )
 
 
@@ -60,7 +61,7 @@ def report(what: Runs, output: Output) -> None:
     rows = list({row["key"]: row for run in what.runs for row in _read(run)}.values())
     protocol = _the_only("protocol", {row.get("protocol", "demo") for row in rows})
     if protocol == "demo":
-        _demo(rows, folder, output)
+        _demo(rows, folder, output, one_run=what.runs == (folder,))
         return
     if protocol not in PROTOCOLS:
         raise ValueError(
@@ -68,26 +69,29 @@ def report(what: Runs, output: Output) -> None:
         )
     if not all(set(OF_A_TEST) <= row.keys() for row in rows):
         raise ValueError(f"runs: expected results with {', '.join(OF_A_TEST)}, got some without")
-    backbone = _the_only("CLIP", {f"{row['backbone']}, {row['pretrained']}" for row in rows}).split(", ")[0]
+    _the_only("CLIP", {_part_of_key(row, 1) for row in rows})  # by the hash of its weights
+    if protocol in TRANSFER:
+        _the_only("source", {row["source"] for row in rows})
     _one_meaning(rows, "method", "recipe")
     folder.mkdir(parents=True, exist_ok=True)
     rows.sort(key=lambda row: (row["shots"], row["seed"]))
-    write_tables(protocol, rows, backbone, folder, output)
+    write_tables(protocol, rows, rows[0]["backbone"], folder, output)
 
 
-def _demo(rows: list[dict[str, Any]], folder: Path, output: Output) -> None:
+def _demo(rows: list[dict[str, Any]], folder: Path, output: Output, one_run: bool) -> None:
     """The report of the bundled benchmark; rows in the order in which `cdc demo` has them."""
     rows = [row for row in rows if is_complete(row)]
     if not rows:
         raise ValueError("runs: expected finished runs of cdc demo, got none with all figures")
-    fingerprint = _the_only("CLIP", {json.loads(row["key"])[0] for row in rows})
+    fingerprint = _the_only("CLIP", {_part_of_key(row, 0) for row in rows})
     _one_meaning(rows, "label", "setting")
     order = [*SETTINGS, *ABLATIONS, *(row["label"] for row in rows)]
     runs = [Run(**row["run"]) for row in rows]
     _the_only("task", {(run.task, run.partition, run.shots) for run in runs})
     rows.sort(key=lambda row: (order.index(row["label"]), row["run"]["split"], row["run"]["seed"]))
     there = folder / "summary.json"
-    facts = json.loads(there.read_text()) if there.exists() else {}  # of the run itself: command, date, versions
+    # what the run itself said of its command, date and versions
+    facts = json.loads(there.read_text()) if there.exists() and one_run else {}
     facts |= {"backbone": fingerprint, "settings": {row["label"]: row["setting"] for row in rows}}
     folder.mkdir(parents=True, exist_ok=True)
     summary, table, pictures = comparison.write_comparison(rows, title_of(runs), folder, facts)
@@ -107,6 +111,13 @@ def _read(folder: Path) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"runs: {path} holds no results")
     return rows
+
+
+def _part_of_key(row: dict[str, Any], place: int) -> Any:
+    try:
+        return json.loads(row["key"])[place]
+    except (TypeError, ValueError, LookupError) as error:
+        raise ValueError(f"runs: expected results as cdc writes them, got the key {row['key']!r:.80}") from error
 
 
 def _the_only(what: str, values: set[Any]) -> Any:

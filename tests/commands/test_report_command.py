@@ -60,14 +60,21 @@ def test_a_demo_again(tmp_path, cdc_command, capsys):
 def test_what_is_refused(protocol_run, tmp_path, cdc_command):
     lines = lines_of(protocol_run)
 
+    row = json.loads(lines[0])
+
     def edited(name, **changes):
-        return folder_of(tmp_path / name, [*lines, json.dumps({**json.loads(lines[0]), "key": name, **changes}) + "\n"])
+        return folder_of(
+            tmp_path / name,
+            [*lines, json.dumps({**row, "key": json.dumps([*json.loads(row["key"]), name]), **changes}) + "\n"],
+        )
 
     def alone(name, **row):
         return folder_of(tmp_path / name, [json.dumps({"key": "a", **row}) + "\n"])
 
     shutil.copytree(protocol_run, tmp_path / "copy")
     (tmp_path / "empty").mkdir()
+    other = json.loads(row["key"])
+    other[1] = "another hash"
     for arguments, message in (
         ([f"--runs=[{tmp_path / 'nowhere'}]"], "results.jsonl is not there"),
         ([f"--runs=[{tmp_path / 'empty'}]"], "results.jsonl is not there"),
@@ -75,7 +82,8 @@ def test_what_is_refused(protocol_run, tmp_path, cdc_command):
         ([f"--runs=[{protocol_run},{tmp_path / 'copy'}]"], "out: expected a folder"),
         ([f"--runs=[{folder_of(tmp_path / 'damaged', ['not JSON'])}]"], "holds no results"),
         ([f"--runs=[{edited('protocol', protocol='few-shot')}]"], "one protocol, got base-to-new, few-shot"),
-        ([f"--runs=[{edited('clip', pretrained='openai')}]"], "one CLIP"),
+        ([f"--runs=[{edited('clip', key=json.dumps(other))}]"], "one CLIP"),
+        ([f"--runs=[{edited('key', key='no JSON')}]"], "as cdc writes them"),
         ([f"--runs=[{edited('recipe', recipe={'method': 'x'})}]"], "stands for"),
         ([f"--runs=[{alone('bare', protocol='few-shot')}]"], "some without"),
         ([f"--runs=[{alone('other', protocol='zero')}]"], "'zero'"),
