@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+from dataclasses import asdict
 from itertools import chain
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 
 from cdc_models import CDC, METHODS, CoOp, evaluate, fit, processes
 from cdc_models.data import BadImageError, ImageLoader
-from cdc_models.engine import CheckpointError, extract_features
+from cdc_models.engine import CheckpointError, FitResult, extract_features
 
 CLASSES = ["red", "green", "blue"]
 OPTIONS = {"coop": {}, "maple": {"depth": 2}, "cdc": {"depth": 2, "views": None, "trusted": False}}
@@ -78,12 +79,12 @@ def stopping(folder, unbroken):
     try:
         first = fit(model, images, epochs=2, lr=0.05, warmup_epochs=0, seed=3, checkpoint=path, progress=False)
         if unbroken:
-            return learned(model), first
+            return learned(model), asdict(first)
         again = CDC(make_small_backbone(), CLASSES, depth=2, seed=1)
         torch.manual_seed(17 + part[0])
         images = loader(part, bad=())
         second = fit(again, images, epochs=2, lr=0.05, warmup_epochs=0, seed=3, checkpoint=path, progress=False)
-        return learned(again), first, second
+        return learned(again), asdict(first), asdict(second)
     finally:
         CDC.loss = loss
 
@@ -173,7 +174,7 @@ def two(tmp_path_factory):
         process.join(120)
         if process.is_alive():
             process.kill()
-    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert not any("error" in f for f in found), found
     return found
 
@@ -204,8 +205,8 @@ def test_evaluation_gives_the_figures_of_one_process(two):
 
 def test_a_signal_to_one_stops_both_and_both_go_on_to_the_same_bits(two):
     for rank in range(2):
-        whole, result = two[rank]["whole"]
-        end, first, second = two[rank]["broken"]
+        (whole, result), (end, *results) = two[rank]["whole"], two[rank]["broken"]
+        result, first, second = (FitResult(**values) for values in (result, *results))
         assert torch.equal(whole, end) and torch.equal(whole, two[0]["whole"][0])
         assert first.interrupted and first.steps == 4 and not second.interrupted and second.steps == result.steps == 10
         assert second.losses == result.losses
