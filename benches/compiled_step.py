@@ -10,17 +10,16 @@ after losses and gradients have been compared. Rows that are there already are k
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from statistics import median
 
+import facts
 import timing
 import torch
 from step import Case, build, inputs
 from torch import Tensor
 
-from cdc_models import provenance
 from cdc_models.clip import load_clip
 from cdc_models.methods import Method
 from cdc_models.rows import Rows
@@ -62,10 +61,8 @@ def measure(case: Case, backbone_name: str, device: str, classes: int, batch: in
 
 
 def table(rows: list[dict]) -> str:
-    last = rows[-1]
     lines = [
-        f"Loss and backward pass: {last['versions']['device']}, {last['threads']} threads, "
-        f"torch {last['versions']['torch']}, {last['date']}, `{last['command']}`",
+        f"Loss and backward pass: {facts.told(rows[-1])}",
         "",
         "| CLIP | method | K | batch | eager, ms | compiled, ms | times faster | compiling, s |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -101,10 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "method": case.label,
                 **what,
                 **found,
-                "threads": torch.get_num_threads(),
-                "versions": provenance.versions(given.device),
-                "date": time.strftime("%Y-%m-%d"),
-                "command": "python " + " ".join(sys.argv),
+                **facts.facts(given.device),
             }
         )
         print(f"{key}: {found}", flush=True)

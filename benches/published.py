@@ -32,7 +32,7 @@ def text_tower(
     """
     tower = getattr(backbone.clip, "text", backbone.clip)
     n = len(context)
-    tokens = backbone.tokenize([" ".join(["x"] * n + [f"{name}."]) for name in names])[:, :length]
+    tokens = backbone.tokenize([" ".join(["x"] * n + [f"{name}."]) for name in names])[:, :length].to(backbone.device)
     mask = tower.attn_mask[:length, :length]
     embedded = tower.token_embedding(tokens)
     x = torch.cat([embedded[:, :1], context.expand(len(names), -1, -1), embedded[:, 1 + n :]], dim=1)

@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import facts
 import matplotlib
 import published
 import torch
@@ -250,25 +249,13 @@ def evaluation(device: str, classes: int, batch: int, repeats: int, name: str) -
     return {label: median(taken) for label, taken in rounds.items()}
 
 
-def in_a_process_of_its_own(what: str, *arguments: object) -> dict[str, Any]:
-    """What a function of this file returns in a new process."""
-    command = [sys.executable, __file__, "--only", json.dumps([what, *arguments])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{what} {arguments} failed ({done.returncode}; -9: out of memory): {done.stderr[-800:]}")
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-
-
 def load_backbone(device: str, name: str = "ViT-B-16-quickgelu") -> ClipBackbone:
     torch.manual_seed(0)
     return load_clip(name, device=device)
 
 
 def heading(row: dict[str, Any]) -> str:
-    return (
-        f"K = {row['classes']} classes, batch {row['batch']}: {row['versions']['device']}, {row['threads']} threads, "
-        f"torch {row['versions']['torch']}, {row['date']}, `{row['command']}`\n"
-    )
+    return f"K = {row['classes']} classes, batch {row['batch']}: {facts.told(row)}\n"
 
 
 def step_table(rows: list[dict[str, Any]]) -> str:
@@ -364,15 +351,9 @@ def main(arguments: list[str] | None = None) -> None:
         """A row from results.jsonl, or measured now and added."""
         key = json.dumps([what, label, classes, batch, given.device, given.backbone])
         if key not in results.rows or "left out" in results.rows[key]:
-            found = in_a_process_of_its_own(what, *details)
-            facts = {"what": what, "label": label, "classes": classes, "batch": batch}
-            origin = {
-                "threads": torch.get_num_threads(),
-                "versions": provenance.versions(given.device),
-                "date": time.strftime("%Y-%m-%d"),
-                "command": "python " + " ".join(sys.argv),
-            }
-            results.add({"key": key, **facts, **found, **origin})
+            found = facts.in_a_process_of_its_own(__file__, "--only", [what, *details])
+            about = {"what": what, "label": label, "classes": classes, "batch": batch}
+            results.add({"key": key, **about, **found, **facts.facts(given.device)})
             print(f"{what} K = {classes}, batch {batch}, {label}: {found}", flush=True)
         return results.rows[key]
 

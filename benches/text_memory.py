@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import facts
 import published
 import torch
 from imagenet_names import imagenet_names
@@ -59,25 +58,11 @@ def measure(backbone_name: str, device: str, classes: int, templates: int, chunk
     return {"bytes": peak - before, "held": before, "seconds": min([first, *(step() for _ in range(repeats))])}
 
 
-def in_a_process_of_its_own(*arguments: object, **environment: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, __file__, "--measure", *map(str, arguments)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{arguments} failed ({done.returncode}; -9: out of memory): {done.stderr[-800:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def table(rows: list[dict]) -> str:
     first = rows[0]
     fastest = min(row["seconds"] for row in rows if row["way"] == "ours")
     lines = [
-        f"Text side of one step, {first['backbone']}, n = 2: {first['versions']['device']}, {first['threads']} "
-        f"threads, torch {first['versions']['torch']}, {first['date']}, `{first['command']}`",
+        f"Text side of one step, {first['backbone']}, n = 2: {facts.told(first)}",
         "",
         "| way | K | M | classes at a time | peak, GB | malloc as usual, GB | step, s | of the fastest |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -100,11 +85,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[50, 100, 250, 500, 0], help="0: all at a time")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/text_memory"))
-    parser.add_argument("--measure", nargs=7, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.measure:
-        backbone, device, *counts, way = given.measure
-        print(json.dumps(measure(backbone, device, *map(int, counts), way)))
+        print(json.dumps(measure(*json.loads(given.measure))))
         return
     results = Rows(given.out / "results.jsonl")
     cases = [("ours", given.classes, given.templates, chunk) for chunk in given.chunks]
@@ -115,18 +99,16 @@ def main(arguments: list[str] | None = None) -> None:
         keys.append(key)
         if key in results.rows:
             continue
-        what = (given.backbone, given.device, classes, templates, chunk)
-        found = in_a_process_of_its_own(*what, given.repeats, way)
-        found["needed"] = in_a_process_of_its_own(*what, 0, way, MALLOC_MMAP_THRESHOLD_="65536")["bytes"]
+        what = [given.backbone, given.device, classes, templates, chunk]
+        measured = partial(facts.in_a_process_of_its_own, __file__, "--measure")
+        found = measured([*what, given.repeats, way])
+        found["needed"] = measured([*what, 0, way], MALLOC_MMAP_THRESHOLD_="65536")["bytes"]
         results.add(
             {
                 "key": key,
                 **case,
                 **found,
-                "threads": torch.get_num_threads(),
-                "versions": provenance.versions(given.device),
-                "date": time.strftime("%Y-%m-%d"),
-                "command": "python " + " ".join(sys.argv),
+                **facts.facts(given.device),
             }
         )
         print(f"{case}: {found['needed'] / 1e9:.2f} GB, {found['seconds']:.1f} s", flush=True)

@@ -17,19 +17,17 @@ ways run in turn, and the ratios are medians over rounds.
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import facts
 import published
 import timing
 import torch
 from imagenet_names import imagenet_names
 from torch import Tensor
 
-from cdc_models import provenance
 from cdc_models.clip import encode_prompted_text, load_clip, text_layout, tokenize_classes
 from cdc_models.prompts import CoupledPrompts
 from cdc_models.rows import Rows
@@ -102,17 +100,13 @@ def measure(device: str, count: int, m: int, seconds: float, model: str) -> dict
         "ratio": {name: timing.ratios(taken["77 tokens"], times) for name, times in taken.items()},
         "rounds": {name: len(times) for name, times in taken.items()},
         "tokens": tokens,
-        "threads": torch.get_num_threads(),
-        "versions": provenance.versions(device),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": "python " + " ".join(sys.argv),
+        **facts.facts(device),
     }
 
 
 def table(row: dict) -> str:
     lines = [
-        f"{row['key']}: {row['versions']['device']}, {row['threads']} threads, torch {row['versions']['torch']}, "
-        f"{row['date']}, `{row['command']}`",
+        f"{row['key']}: {facts.told(row)}",
         "",
         "| way | tokens | forward and backward, ms | times faster than 77 tokens |",
         "| --- | ---: | ---: | ---: |",

@@ -2,6 +2,7 @@
 in this one."""
 
 import compiled_step
+import facts
 import pytest
 import step
 import text_memory
@@ -17,11 +18,12 @@ TINY = ["--backbone", "bundled", "--classes", "20"]
 def one_process(monkeypatch):
     calls = []
 
-    def here(what, *arguments):
+    def here(file, flag, payload):
+        what, *arguments = payload
         calls.append(what)
         return step.only(what, *arguments)
 
-    monkeypatch.setattr(step, "in_a_process_of_its_own", here)
+    monkeypatch.setattr(facts, "in_a_process_of_its_own", here)
     return calls
 
 
@@ -60,11 +62,10 @@ def test_the_text_tower_is_compared_and_timed(tmp_path, capsys, monkeypatch):
 
 
 def test_memory_by_chunk(tmp_path, monkeypatch):
-    def here(backbone, device, *rest, **environment):
-        *counts, way = rest
-        return text_memory.measure(backbone, device, *counts, way)
+    def here(file, flag, payload, **environment):
+        return text_memory.measure(*payload)
 
-    monkeypatch.setattr(text_memory, "in_a_process_of_its_own", here)
+    monkeypatch.setattr(facts, "in_a_process_of_its_own", here)
     text_memory.main([*TINY, "--chunks", "5", "0", "--out", str(tmp_path)])
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[4:]] == ["ours", "ours", "published"]
