@@ -22,6 +22,14 @@ SMALL = {
     "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 20, "vocab_size": 1514, "width": 32, "heads": 2, "layers": 3},
 }
+SMALL_PROTOCOL = (
+    "--backbone=bundled",
+    "--methods=[zero_shot,coop]",
+    "--settings={}",
+    "--seeds=[1,2]",
+    "--shots=2",
+    "--epochs=1",
+)
 CLASSES = ("red square", "green square", "blue square")
 
 
@@ -139,15 +147,7 @@ def protocol_run(published_root, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("protocol") / "run"
     data = [f"--root={published_root}", "--datasets=[eurosat,DTD]"]
-    run = (
-        "--backbone=bundled",
-        "--methods=[zero_shot,coop]",
-        "--settings={}",
-        "--seeds=[1,2]",
-        "--shots=2",
-        "--epochs=1",
-    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*figures will not compare with published ones")
-        main(["protocol", "base-to-new", *run, *data, f"--out={out}", "--workers=0", "--quiet"])
+        main(["protocol", "base-to-new", *SMALL_PROTOCOL, *data, f"--out={out}", "--workers=0", "--quiet"])
     return out

@@ -6,20 +6,12 @@ from statistics import stdev
 
 import pytest
 import yaml
+from conftest import SMALL_PROTOCOL as SMALL
 
 from cdc_models.data import harmonic_mean
 from cdc_models.methods import CoOp
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*figures will not compare with published ones")
-
-SMALL = (
-    "--backbone=bundled",
-    "--methods=[zero_shot,coop]",
-    "--settings={}",
-    "--seeds=[1,2]",
-    "--shots=2",
-    "--epochs=1",
-)
 
 
 def results(folder):
