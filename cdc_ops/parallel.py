@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdc_ops import checks
-from cdc_ops.backends import Backend, LossForm, Problem, choose, loss_from_sums
+from cdc_ops.backends import Backend, LossForm, Problem, choose, loss_from_sums, refuse_second_derivatives
 from cdc_ops.dirichlet import RowSums, merged
 from cdc_ops.fusion import confidence_weight
 from cdc_ops.losses import make_loss_form, reduce
@@ -51,6 +51,9 @@ __all__ = ["ShardedOpinion", "evidential_cross_entropy", "fused_opinion", "fused
 
 
 # ---- what ranks tell each other ---------------------------------------------------------------------------------
+
+
+WHO = "class-parallel operations have"
 
 
 def exchange(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -70,7 +73,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        refuse_second_derivatives()
+        refuse_second_derivatives(WHO)
         return grad[ctx.rank], None
 
 
@@ -84,20 +87,12 @@ class SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
+        refuse_second_derivatives(WHO)
         # one message; half precision is not summed as such
         total = torch.cat([g.flatten().to(torch.promote_types(g.dtype, torch.float32)) for g in grads])
         dist.all_reduce(total, group=ctx.group)
         parts = total.split([g.numel() for g in grads])
         return None, *(part.view(g.shape).to(g.dtype) for part, g in zip(parts, grads, strict=True))
-
-
-def refuse_second_derivatives() -> None:
-    """To be called in a backward pass: autograd would take what other ranks sent for constants."""
-    if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "class-parallel operations have no second derivatives, which create_graph=True asks for"
-        )
 
 
 def shared(group: dist.ProcessGroup | None, *tensors: Tensor | None) -> list[Any]:

@@ -52,12 +52,13 @@ class BackendUnavailableError(ValueError):
     """
 
 
-def refuse_second_derivatives(backend: str) -> None:
-    """To be called in a backward pass written by hand: autograd would take what it computes for constants."""
+def refuse_second_derivatives(who: str, instead: str = "") -> None:
+    """To be called in a backward pass written by hand: autograd would take what it computes for constants.
+
+    who: with its verb, such as "these operations have"; instead: what to do, appended.
+    """
     if torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"backend={backend!r} has no second derivatives, which create_graph=True asks for; use backend='reference'"
-        )
+        raise NotImplementedError(f"{who} no second derivatives, which create_graph=True asks for{instead}")
 
 
 @dataclass(frozen=True)

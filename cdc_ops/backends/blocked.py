@@ -228,7 +228,7 @@ class RowSumsFunction(torch.autograd.Function):
     def backward(
         ctx: Any, g_ratio: Tensor | None, g_total: Tensor, g_target: Tensor, g_square: Tensor, g_kl: Tensor
     ) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives("blocked")
+        refuse_second_derivatives("backend='blocked' has", "; use backend='reference'")
         image, _, _, _, _, total, log_target, log_square = ctx.saved_tensors
         held = ctx.problem.sizes[1] + 8 + ctx.sums.held  # every prompt's products, to be made only once
         blocks = Blocks(ctx.problem, image, held, math.prod(ctx.problem.sizes))

@@ -127,7 +127,7 @@ class Blocks:
         kept = self._memory.get("logits")
         if type(kept) is not Tensor or kept.device.type != "cpu" or kept.is_inference():
             kept = None
-        if kept is not None and kept.numel() <= BLOCK_ROWS * BLOCK_COLUMNS:
+        if kept is not None:
             _idle.clear()  # one block at most outlives a call
             _idle[self.problem.dtype] = kept
         self._memory.clear()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cdc_ops.backends import LossForm, Problem
 from cdc_ops.dirichlet import RowSums
-from cdc_ops.fusion import confidence_weight
+from cdc_ops.fusion import confidence_weight, evidence_weight
 
 EPS = 1e-12
 
@@ -100,8 +100,7 @@ def loss_sums(problem: Problem, target: Tensor, loss: LossForm) -> RowSums:
 def fuse_evidence(evidence: Tensor, dim: int, rule: str, prior_weight: float) -> Tensor:
     """Fused evidence without ``dim``, float32. The weighted rule takes a second pass, which makes its weights."""
     if rule == "weighted":
-        total = evidence.sum(-1, dtype=torch.float32).clamp(max=torch.finfo(torch.float32).max)
-        evidence = evidence * confidence_weight(torch.log1p(total / prior_weight), dim).unsqueeze(-1)
+        evidence = evidence * evidence_weight(evidence.float(), dim, prior_weight)
         rule = "cumulative"
     e = evidence.movedim(dim, -2)
     fused = ops.fuse_evidence(e.reshape(-1, *e.shape[-2:]), rule, prior_weight)

@@ -90,7 +90,7 @@ def test_fusion(case, rule):
 
 
 @settings(max_examples=40, deadline=None)
-@given(cases(), st.floats(-6, 30), st.sampled_from(["dempster", "cumulative", "averaging"]))
+@given(cases(), st.floats(-6, 30), st.sampled_from(["dempster", "cumulative", "averaging", "weighted"]))
 def test_fusion_by_the_kernel(case, power, rule):
     """Which sums logarithms, for every rule, and refuses the prior weights that it has no numbers for."""
     e, W = case[0], 10.0**power
