@@ -9,6 +9,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import zip_longest
 from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
@@ -40,7 +41,6 @@ COMMANDS: dict[str, Command | dict[str, Callable[..., None]]] = {
 SHARED = ("train", "evaluate", "predict")
 """What several processes can do together."""
 
-SWITCHES = ("--ablation", "--quiet", "--json")
 EXIT = (
     "Exit status: 0 done; 2 arguments or input that cannot be used, told in one sentence; 130 interrupted, and the "
     "same command goes on; 1 anything else that went wrong."
@@ -51,14 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; see `EXIT` for how it ends."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     # jsonargparse wants a value for a boolean; a bare switch means yes.
-    given = [f"{argument}=true" if argument in SWITCHES else argument for argument in given]
+    switches = _switches(COMMANDS)
+    given = [
+        f"{argument}=true" if argument in switches and after not in ("true", "false") else argument
+        for argument, after in zip_longest(given, given[1:])
+    ]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             parsed = _fill(_new("cdc", EXIT), COMMANDS).parse_args(given)
+            if processes.launched() > 1 and parsed.command not in SHARED:  # without waiting for the others
+                raise ValueError(f"{parsed.command} is the work of one process; several do {', '.join(SHARED)}")
             with processes.joined():
-                if processes.part()[1] > 1 and parsed.command not in SHARED:
-                    raise ValueError(f"{parsed.command} is the work of one process; several do {', '.join(SHARED)}")
                 _run(COMMANDS, parsed)
     except ArgumentError as error:
         _end(2, " ".join(str(error).split()))
@@ -125,6 +129,18 @@ def _settings(command: Command) -> dict[str, type]:
     """Argument -> settings class of a command; none for a command of plain arguments."""
     hints = get_type_hints(command)
     return {name: hints[name] for name in inspect.signature(command).parameters if is_dataclass(hints[name])}
+
+
+def _switches(commands: dict[str, Any]) -> set[str]:
+    """The flags of all boolean fields and arguments of commands."""
+    found = set()
+    for command in commands.values():
+        if isinstance(command, dict):
+            found |= _switches(command)
+            continue
+        kinds = [get_type_hints(kind) for kind in _settings(command).values()] or [get_type_hints(command)]
+        found |= {f"--{name}" for hints in kinds for name, hint in hints.items() if hint is bool}
+    return found
 
 
 def _run(commands: dict[str, Any], parsed: Namespace) -> None:

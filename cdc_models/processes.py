@@ -26,11 +26,13 @@ from torch import Tensor
 
 __all__ = [
     "FirstFailed",
+    "check_part",
     "gather_json",
     "gather_tensors",
     "in_step",
     "is_first",
     "joined",
+    "launched",
     "local_rank",
     "on_first",
     "part",
@@ -50,9 +52,20 @@ def part() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+def check_part(part: tuple[int, int]) -> None:
+    """Raise ValueError unless ``part`` says: process r of n."""
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(f"part: expected (r, n) with 0 <= r < n, got {part}")
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
     return part()[0] == 0
+
+
+def launched() -> int:
+    """How many processes a launcher says it has started, this one among them; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
@@ -74,7 +87,7 @@ def joined() -> Iterator[None]:
         ...     print(part())
         (0, 1)
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if launched() < 2 or dist.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

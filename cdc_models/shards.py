@@ -14,6 +14,7 @@ from cdc_models.data.image_loader import read_batches
 from cdc_models.data.tables import need_pyarrow
 from cdc_models.engine.files import replacing
 from cdc_models.methods import Method
+from cdc_models.processes import check_part
 
 __all__ = ["COLUMNS", "FORMATS", "part_files", "predict_images", "predict_shards", "read_part"]
 
@@ -117,8 +118,7 @@ def predict_shards(
     """
     if shard_size < 1 or format not in FORMATS:
         raise ValueError(f"shard_size, format: expected at least 1 and one of {FORMATS}, got {shard_size}, {format!r}")
-    if not 0 <= part[0] < part[1]:
-        raise ValueError(f"part: expected (r, n) with 0 <= r < n, got {part}")
+    check_part(part)
     if format == "parquet":
         _pyarrow()
     number = -1
@@ -169,8 +169,8 @@ def _parts(paths: Iterable[str], size: int) -> Iterator[list[str] | str]:
 def _are_of(rows: Sequence[Row], images: list[str] | str) -> bool:
     """Whether rows are of these image files, or of this .tar file."""
     if isinstance(images, str):
-        file = _text(images)
-        return all(row["path"] == file or row["path"].startswith(f"{file}::") for row in rows)
+        held = TarImages(images)
+        images = [*held.names, *([] if held.damage is None else [held.damage.path])]
     return [row["path"] for row in rows] == [_text(path) for path in images]
 
 

@@ -17,6 +17,7 @@ from cdc_models.data.image_list import ImageList
 from cdc_models.data.image_report import ImageReport, SkippedImage
 from cdc_models.data.listing import DatasetError
 from cdc_models.data.open_image import BadImageError
+from cdc_models.processes import check_part
 
 __all__ = ["ImageLoader", "scan"]
 
@@ -71,8 +72,7 @@ class ImageLoader:
     ) -> None:
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"batch_size, num_workers: expected at least 1 and 0, got {batch_size}, {num_workers}")
-        if not 0 <= part[0] < part[1]:
-            raise ValueError(f"part: expected (r, n) with 0 <= r < n, got {part}")
+        check_part(part)
         self.part = part
         self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)

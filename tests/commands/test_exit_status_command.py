@@ -53,3 +53,26 @@ def test_a_warning_is_a_sentence(cdc, monkeypatch):
 def test_arguments_that_cannot_be_read(given, cdc):
     status, out, err = cdc(*given)
     assert (status, out) == (2, "") and err.startswith("cdc: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(["--calibrate"], True), (["--calibrate", "true"], True), (["--calibrate", "false"], False), ([], False)],
+)
+def test_a_bare_switch_means_yes(given, expected, cdc, monkeypatch):
+    found = []
+
+    def command(calibrate: bool = False, workers: int = 1) -> None:
+        found.append(calibrate)
+
+    monkeypatch.setitem(COMMANDS, "demo", command)
+    assert cdc("demo", *given) == (0, "", "") and found == [expected]
+
+
+def test_the_work_of_one_process_does_not_wait_for_others(cdc_command, monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: pytest.fail("waited for others"))
+    assert cdc_command("report", "--runs=[x]") == (
+        2, "", "cdc: report is the work of one process; several do train, evaluate, predict\n",
+    )  # fmt: skip

@@ -105,6 +105,21 @@ def test_a_damaged_file_says_so_in_a_row_of_its_own(shard, tmp_path, bundled):
     assert predict_images(model, str(tmp_path / "b.tar")) == []
 
 
+def test_a_part_is_taken_for_that_of_the_images_it_holds(shard, tmp_path, bundled):
+    model, file = ZeroShot(bundled, ["dog", "teapot"]), tmp_path / "b.tar"
+    for earlier in (make_tar(file, []).read_bytes(), shard.read_bytes()[:2000]):
+        file.write_bytes(earlier)
+        out = tmp_path / f"out-{len(earlier)}"
+        out.mkdir()
+        first = list(predict_shards(model, [str(file)], out))
+        assert [[r["path"] for r in rows] for rows in predict_shards(model, [str(file)], out)] == [
+            [r["path"] for r in rows] for rows in first
+        ]
+        file.write_bytes(shard.read_bytes())
+        with pytest.raises(ValueError, match="holds predictions of other images"):
+            list(predict_shards(model, [str(file)], out))
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_changed_bytes_end_in_rows_and_never_in_a_crash(tmp_path, shard, data):
