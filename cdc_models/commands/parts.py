@@ -31,10 +31,6 @@ def backbone_of(name: str, pretrained: str | None, compute: Compute) -> ClipBack
     if device == "cuda" and processes.part()[1] > 1:
         device = f"cuda:{processes.local_rank()}"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    try:
         return load_clip(name, None if name == "bundled" else pretrained, device=device)
     except RuntimeError as error:
         raise RunFailed(str(error)) from error

@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_auroc, multiclass_cali
 
 from cdc_models import processes
 from cdc_models.engine.checks import check_loader, check_method, pair_of
-from cdc_models.methods.base import Method, as_targets
+from cdc_models.methods.base import Method
 
 __all__ = ["Evaluation", "Features", "area_under_risk_coverage", "evaluate", "extract_features"]
 
@@ -232,12 +232,8 @@ def evaluate(
     started = time.perf_counter()
     features = extract_features(model, loader, progress=progress, what="images of known classes")
     prob, uncertainty = _predict_all(model, features)
-    targets = as_targets(features.image, features.targets).cpu()
+    targets = model.check_targets(features.image, features.targets).cpu()
     count = prob.shape[1]
-    if int(targets.min()) < 0 or int(targets.max()) >= count:
-        raise ValueError(
-            f"targets: expected class indices in [0, {count}), got {int(targets.min())} to {int(targets.max())}"
-        )
     correct = prob.argmax(-1) == targets
     doubt = 1 - prob.double().amax(-1)
     by_uncertainty = by_prob = None

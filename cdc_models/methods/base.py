@@ -20,7 +20,7 @@ from cdc_models.data.transforms import Views
 from cdc_models.methods.options import check_room
 from cdc_ops import checks
 
-__all__ = ["Method", "Prediction", "SoftmaxMethod", "as_targets", "bounded_temperature", "out_of_inference"]
+__all__ = ["Method", "Prediction", "SoftmaxMethod", "bounded_temperature", "out_of_inference"]
 
 _MAX_LOG_TEMPERATURE = math.log(100.0)
 
