@@ -23,7 +23,8 @@ from typing import Any
 import matplotlib
 import roofline
 import torch
-from report import code_version, device_name, forget_kept_memory
+from facts import code_version, device_name
+from report import forget_kept_memory
 from shapes import SCALE, Inputs, Shape, make_inputs
 from timing import peak_memory, time_interleaved
 from torch import Tensor

@@ -21,7 +21,8 @@ from typing import Any
 
 import matplotlib
 import torch
-from report import OUR_TOLERANCE, TOLERANCE, code_version, device_name, forget_kept_memory
+from facts import code_version, device_name
+from report import OUR_TOLERANCE, TOLERANCE, forget_kept_memory
 from shapes import Shape, make_inputs
 from timing import peak_memory, time_interleaved
 from ways import (
