@@ -131,9 +131,9 @@ def paper() -> list[str]:
         "## Ten million classes on N GPUs, on paper", "",
         f"One training step by `cdc_ops.parallel.evidential_cross_entropy`, B = {B} images in all, M = {M}, K = {K:,}, "
         f"D = {D}, text features in bf16, both sides learned, the Triton backend: forward by tiles, backward over "
-        "chunks of classes (benches/NOTES.md). The rates are those of the data sheet of an H100 SXM, which no kernel reaches: "
-        f"{H100_FLOPS / 1e12:.0f} TFLOP/s in bf16, {H100_BYTES / 1e12:.2f} TB/s of memory, {H100_LINK / 1e9:.0f} GB/s "
-        "over NVLink. **Nothing of this was measured on a GPU.** For each GPU:", "",
+        "chunks of classes (benches/NOTES.md). The rates are those of the data sheet of an H100 SXM, which no kernel "
+        f"reaches: {H100_FLOPS / 1e12:.0f} TFLOP/s in bf16, {H100_BYTES / 1e12:.2f} TB/s of memory, "
+        f"{H100_LINK / 1e9:.0f} GB/s over NVLink. **Nothing of this was measured on a GPU.** For each GPU:", "",
         "- held: text features, 2 M K D / N bytes; their gradient as much again, nothing where they are frozen; if "
         "they themselves are trained by Adam, 12 M K D / N more (two moments and a float32 copy).",
         "- held beyond these: the lengths of text features in float32, 4 M K / N bytes; partial sums of 16 MB and a "
@@ -143,8 +143,8 @@ def paper() -> list[str]:
         "- moved, text: read for lengths, forward, logits again, image gradient and normalisation, 5 x 2 bytes; the "
         "gradient written and read in float32, 2 x 4, and written in bf16, 2: 20 M K D / N bytes.",
         "- moved, workspace: logits written, and read twice, in float32, their gradients written once and read twice "
-        "in bf16: 3 x 4 + 3 x 2 = 18 bytes of each of the B M K / N logits. A chunk fits the L2 cache of 50 MB; as far as "
-        "it stays there, this falls away.",
+        "in bf16: 3 x 4 + 3 x 2 = 18 bytes of each of the B M K / N logits. A chunk fits the L2 cache of 50 MB; as "
+        "far as it stays there, this falls away.",
         "- moved, image: after each chunk the gradients by M templates, [M, B, D] in float32, are written, read and "
         "added to their sum: 4 B D (2 M + 2) bytes a chunk. A class takes M (6 B + 4 D) bytes of the workspace, so "
         f"there are K M (6 B + 4 D) / N / {WORKSPACE / 2**20:.0f} MB chunks. In the L2 cache, too, as far as it holds.",

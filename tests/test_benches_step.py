@@ -32,7 +32,7 @@ def one_process(monkeypatch):
 
 
 def test_a_step_is_measured_case_by_case_and_goes_on_where_it_stopped(tmp_path, one_process):
-    small = [*TINY, "--batch", "2", "--templates", "1", "4", "--evaluate", "2", "--repeats", "1", "--memory", "0.015"]
+    small = [*TINY, "--batch", "2", "--templates", "1", "4", "--evaluate", "2", "--repeats", "1", "--memory", "0.0168"]
     step.main([*small, "--out", str(tmp_path)])
     assert one_process == ["parity", *["step"] * 8, "evaluation"]
     table = (tmp_path / "table.md").read_text()
