@@ -117,16 +117,17 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['images']} JPEG images, {facts['pixels']} pixels a side, {facts['kilobytes']:.0f} kB each on average.",
         "",
-        "| method | images in | processes | threads of each | seconds | images a second | of one with all threads | reading "
-        "| peak MB a process |",
+        "| method | images in | processes | threads of each | seconds | images a second | of one with all threads "
+        "| reading | peak MB a process |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
+        rate = row["rate"]
         same = [r for r in rows if (r["method"], r["form"], r["processes"]) == (row["method"], row["form"], 1)]
         alone = max(same, key=lambda r: r["threads"])
         lines.append(
             f"| {row['method']} | {row['form']} | {row['processes']} | {row['threads']} | {row['seconds']:.1f} "
-            f"| {row['rate']:.0f} | {row['rate'] / alone['rate']:.2f} | {row['reading']:.0%} | {row['peak'] / 1e6:.0f} |"
+            f"| {rate:.0f} | {rate / alone['rate']:.2f} | {row['reading']:.0%} | {row['peak'] / 1e6:.0f} |"
         )
     told = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
     return "\n".join(
