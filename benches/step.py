@@ -1,15 +1,15 @@
 """One training step and one evaluation batch: CDC, MaPLe and CoOp of this library against the published way.
 
-    python benches/step.py --device cpu --classes 50 100 1000 --batch 4 --out benches/results/step/cpu
-    python benches/step.py --device cpu --classes 1000 --methods CDC --templates 4 --ways ours --out runs/step
+    python benches/step.py --classes 50 100 1000 --memory 14 --repeats 1 --out benches/results/step/cpu
+    python benches/step.py --classes 1000 --methods CDC --templates 4 --ways ours --out runs/step
     python benches/step.py --device cuda --classes 50 100 1000 --batch 4 32 --memory 70 --out benches/results/step/h100
 
 ViT-B/16 geometry with random weights, ImageNet's class names, n = 2, J = 9. Before anything is timed, losses and
-gradients of both ways, ours with all classes at once and in two pieces, are compared on the fewest classes asked for
-(100 at most, and only as many as fit `--memory`); the largest difference is told above the table. Then each step is
-measured in a process of its own: peak memory is what the first step adds to a process that holds CLIP, prompts and
-images; time the median of `--repeats` further steps, stage by stage (a first step that takes longer than a minute is
-not repeated: it is the time, and the table says "first step").
+gradients of both ways, ours with all classes at once and in two pieces, are compared on the fewest classes and images
+asked for (100 and 4 at most, and only as many as fit `--memory`); the largest difference is told above the table. Then
+each step is measured in a process of its own: peak memory is what the first step adds to a process that holds CLIP,
+prompts and images; time the median of `--repeats` further steps, stage by stage (a first step that takes longer than a
+minute is not repeated: it is the time, and the table says "first step").
 "published" is benches/published.py: 77 tokens, a prefix for every class, one pass of both towers a template, pairwise
 K x K fusion (of CDC, whose code was not at hand, our reading). Images come as ready-made views, class names as tokens;
 making them is not timed.
@@ -63,8 +63,8 @@ SLOW = 60
 KEPT = 19
 #: A piece of fewer classes would waste time.
 FEWEST = 10
-#: The most classes on which the ways are compared.
-COMPARED = 100
+#: The most classes and images on which the ways are compared.
+COMPARED, IMAGES = 100, 4
 #: Largest relative difference of a loss, and of a gradient (Euclidean norms), that counts as rounding in float32.
 LOSS_OFF, GRADIENT_OFF = 1e-5, 1e-4
 #: Tokens of a class behind the shared prefix; ImageNet's have 4.2 on average, ours pads and repeats some.
@@ -392,7 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
         return results.rows[key]
 
     cases = chosen(given.methods, given.templates, given.ways)
-    smallest = min(given.classes), min(given.batch)
+    smallest = min(given.classes), min(*given.batch, IMAGES)
     pairs = list(dict.fromkeys((case.method, case.templates) for case in cases))
     compared = row("parity", "all", *smallest, (pairs, given.device, *smallest, given.memory, given.backbone))
     sizes = []
