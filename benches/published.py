@@ -1,4 +1,7 @@
-"""CoOp, MaPLe and CDC's training losses the way the papers' public code computes them, over open_clip's own modules.
+"""CoOp's and MaPLe's training losses the way their public code computes them, over open_clip's own modules; and CDC's.
+
+CDC's own code was not at hand. Its rows are our reading: MaPLe's towers once for each template, the pairwise fusion of
+Trusted Multi-View Classification's public code, and our losses.
 
 The learned prompts come from our modules, so that loss and gradients can be compared; everything that costs time is
 as published: every prompt padded to the full context (77 tokens), every class encoded with a prefix of its own, one
