@@ -186,7 +186,7 @@ def document(rows: list[Row], key: Row, ceilings: dict[str, float], date: str, a
         f"{ceilings['bytes_per_s'] / 1e9:.3g} GB/s.", "",
     ]  # fmt: skip
     if not arguments.tiny and (verdicts := targets.judged(rows, arguments.device)):
-        lines += ["## Targets (design.md section 7)", "", *verdicts, ""]
+        lines += ["## Targets (`benches/targets.py`)", "", *verdicts, ""]
     lines += ["## Measurements", "", "![roofline](roofline.png)", ""]
     for pair in dict.fromkeys((r["shape"], r["operation"]) for r in rows):
         lines += section([r for r in rows if (r["shape"], r["operation"]) == pair], ceilings)

@@ -1,4 +1,4 @@
-"""The text tower, forward and backward: what each step of design.md 4.6 saves against 77 tokens.
+"""The text tower, forward and backward: what each step of docs/mathematics.md, 6, saves against 77 tokens.
 
     python benches/text_tower.py --out benches/results/text_tower
 
