@@ -115,12 +115,14 @@ class Compute:
         workers: processes that read images for each that computes, at most one a core; 0: none but that one.
         test_batch: images a step where nothing is learned; several processes share them, except in predict.
         checkpoint_every: steps between two checkpoints of training, besides the one after every epoch; 0: none.
+        compile: run the steps of training through torch.compile, which takes a minute or more before the first one.
     """
 
     device: str = "auto"
     workers: int = 2
     test_batch: int = 100
     checkpoint_every: int = 100
+    compile: bool = False
 
     @property
     def readers(self) -> int:

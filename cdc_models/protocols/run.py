@@ -49,7 +49,7 @@ class Runner:
         protocol: written into the results.
         datasets: by the names that the cells use.
         backbone: the CLIP. folder: of the run.
-        workers, test_batch, checkpoint_every, progress: as the arguments of `ImageLoader` and `fit`.
+        workers, test_batch, checkpoint_every, compile, progress: as the arguments of `ImageLoader` and `train_on`.
 
     Raises:
         KeyboardInterrupt: from `run`, with finished results written and, within a training, its checkpoint.
@@ -62,6 +62,7 @@ class Runner:
     workers: int = 0
     test_batch: int = 100
     checkpoint_every: int = 0
+    compile: bool = False
     progress: bool = True
 
     def run(
@@ -165,6 +166,7 @@ class Runner:
                     workers=self.workers,
                     checkpoint=checkpoint,
                     checkpoint_every=self.checkpoint_every,
+                    compile=self.compile,
                     progress=self.progress,
                 )
             if result.interrupted:
