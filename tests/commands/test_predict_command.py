@@ -85,7 +85,7 @@ def test_it_goes_on_with_the_parts_that_are_missing(adapter, photos, cdc, tmp_pa
     assert status == 130 and "the same command goes on from there" in err
     assert [path.name for path in sorted(tmp_path.glob("part-*"))] == ["part-00000.parquet"]
     first = (tmp_path / "part-00000.parquet").stat().st_mtime_ns
-    (tmp_path / "part-00001.parquet.part").write_bytes(b"cut off")
+    (tmp_path / f"part-00001.parquet.{16 * '0'}.part").write_bytes(b"cut off")
     calls[:] = [0] * 2
     status, out, _ = cdc(*arguments)
     assert status == 0 and calls[2:] == [10, 9] and "1 skipped: 1 not an image" in out

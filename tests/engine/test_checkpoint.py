@@ -86,6 +86,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     process.join()
     assert out.read_bytes() == whole.numpy().tobytes()
     assert len(places) > 5  # the kills were not all at one place
+    assert {path.suffix for path in tmp_path.iterdir() if path not in (checkpoint, out)} <= {".part"}
 
 
 @pytest.mark.parametrize("seeded_loader", [True, False])
