@@ -26,7 +26,7 @@ from cdc_models.engine.checks import check_method
 from cdc_models.engine.evaluate import Features
 from cdc_models.engine.files import read_tensors, write_tensors
 from cdc_models.methods.base import Method
-from cdc_models.methods.options import check_seed
+from cdc_models.seeds import check_seed
 
 __all__ = ["CachedFeatures", "FeatureLoader", "cache_features"]
 

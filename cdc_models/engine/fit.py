@@ -23,7 +23,7 @@ from cdc_models.clip.checks import check_count
 from cdc_models.engine.checkpoint import Checkpoint, Position, Randomness
 from cdc_models.engine.checks import check_loader, check_method, pair_of
 from cdc_models.methods.base import Method
-from cdc_models.methods.options import check_seed
+from cdc_models.seeds import as_seed, check_seed
 from cdc_ops import checks
 
 __all__ = ["FitResult", "fit", "learning_rate"]
@@ -160,7 +160,7 @@ def fit(
         raise ValueError(f"model: {type(model).__name__} has nothing to learn")
     if seed is not None:
         check_seed(seed)
-        torch.manual_seed(seed + 1_000_003 * processes.part()[0])
+        torch.manual_seed(as_seed(seed + 1_000_003 * processes.part()[0]))
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
     device, started = model.backbone.device, time.perf_counter()
     per_epoch = len(loader) if isinstance(loader, Sized) else None
