@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(130, f"interrupted: {stop}" if str(stop) else "interrupted")
     except (ValueError, FileNotFoundError, ImportError) as error:
         _end(2, error)
-    except (RunFailed, processes.FirstFailed, OSError) as error:
+    except (RunFailed, processes.FirstFailed, processes.OthersLost, OSError) as error:
         _end(1, error)
 
 

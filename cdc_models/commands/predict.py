@@ -71,7 +71,7 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
     columns = (SpinnerColumn(), TextColumn("images"), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, disable=not output.progress, transient=True)
     task = bar.add_task("", total=None)
-    begun = time.perf_counter()
+    begun, meet = time.perf_counter(), processes.meeting()
     try:
         with bar:
             for _ in predict_shards(
@@ -89,7 +89,7 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
     except KeyboardInterrupt:
         raise Interrupted(f"finished parts are in {images.out}; the same command goes on from there") from None
     with output.status("waiting for the other processes"):
-        processes.gather_json(None)
+        meet()
     predicting = time.perf_counter() - begun
     if not processes.is_first():
         return

@@ -111,7 +111,8 @@ class Compute:
     """Where and how it is computed; changes no result beyond rounding.
 
     Args:
-        device: such as "cuda:1"; "auto" takes a GPU if there is one. Of several processes, each takes its own GPU.
+        device: such as "cuda:1"; "auto" takes a GPU if there is one. Several processes are given "cuda" or "auto", and
+            each takes a GPU of its own.
         workers: processes that read images for each that computes, at most one a core; 0: none but that one.
         test_batch: images a step where nothing is learned; several processes share them, except in predict.
         checkpoint_every: steps between two checkpoints of training, besides the one after every epoch; 0: none.
