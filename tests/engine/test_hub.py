@@ -1,5 +1,6 @@
 """Adapters in a model hub repository, which here is a folder: what is sent, what comes back, what goes wrong."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from conftest import make_small_backbone
 from huggingface_hub.errors import BadRequestError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from cdc_models import CDC, ZeroShot, load_adapter, push_adapter
@@ -84,6 +86,21 @@ def test_the_card(hub, backbone):
     push_adapter(ZeroShot(backbone, [f"thing {i}" for i in range(101)]), "me/many")
     card = (hub.folder / "me/many/README.md").read_text()
     assert "The first 100 of 101:" in card and "thing 99" in card and "thing 100" not in card
+
+
+def test_paths_of_this_machine_are_not_sent_and_odd_names_break_no_page(hub):
+    backbone = make_small_backbone()
+    backbone.name, backbone.pretrained = "my | `CLIP`", "/home/someone/secret/we|ights``.pt"
+    names = ["a\n# heading", "</pre><b>", "| `x`"]
+    address = push_adapter(CDC(backbone, names, depth=2, hand_crafted="a `{}` | *photo*\n---"), "me/mine")
+    card = (hub.folder / "me/mine/README.md").read_text()
+    assert "someone" not in card and b"someone" not in (hub.folder / "me/mine/adapter.safetensors").read_bytes()
+    assert adapter_info(address)["backbone"]["pretrained"] == "we|ights``.pt"
+    (row,) = (line for line in card.splitlines() if line.startswith("| backbone"))
+    assert row == r"| backbone | `` my \| `CLIP` ``, weights ``` we\|ights``.pt ``` |"
+    for text in (json.dumps(names), r"a `{}` | *photo*\n---"):  # in blocks of code, each on one line
+        (line,) = (line for line in card.splitlines() if text in line)
+        assert line.startswith("    ")
 
 
 def test_what_goes_wrong(hub, backbone, other_backbone):
