@@ -29,6 +29,7 @@ __all__ = [
     "FirstFailed",
     "OthersLost",
     "check_part",
+    "cores",
     "gather_json",
     "gather_tensors",
     "in_step",
@@ -81,6 +82,11 @@ def is_first() -> bool:
 def launched() -> int:
     """How many processes a launcher says it has started, this one among them; 1 without a launcher."""
     return _told("WORLD_SIZE", 1)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def own_device(device: str) -> str:

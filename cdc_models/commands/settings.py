@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -128,8 +127,7 @@ class Compute:
     @property
     def readers(self) -> int:
         """The processes that read images."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(self.workers, cores)
+        return min(self.workers, processes.cores())
 
 
 @dataclass(frozen=True)
