@@ -41,7 +41,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; after the block it is flushed to the disk and takes the place of `path`.
 
-    If the block or the disk fails, what was at `path` is untouched and nothing is left beside it. Each writer has a
+    If the block or the disk fails (OSError, which names `path`), what was at `path` is untouched and nothing is left beside it. Each writer has a
     place of its own, so several may write the same file, and the last one's is there whole. What a killed writer has
     left is removed by one that comes an hour later.
     """
@@ -52,6 +52,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:  # a full disk does not say of which file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # the renaming itself must reach the disk

@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, backbone):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
 
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(OSError, match=f"too large: '{path}'"):
             run(path, backbone=backbone, on_epoch=fill, checkpoint_every=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
