@@ -15,7 +15,7 @@ from cdc_models.clip import ClipBackbone
 from cdc_models.clip.backbone import check_backbone
 from cdc_models.engine import hub
 from cdc_models.engine.checks import check_method
-from cdc_models.engine.files import read_tensors, write_tensors
+from cdc_models.engine.files import from_json, read_tensors, write_tensors
 from cdc_models.engine.model_card import model_card, name_of_weights
 from cdc_models.methods import METHODS
 from cdc_models.methods.base import Method
@@ -140,12 +140,14 @@ def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     _, metadata = _read(hub.local_file(path, IN_REPOSITORY))
     try:
-        parts = {name: json.loads(metadata[name]) for name in ("options", "classes", "backbone", "summary")}
+        parts = {name: from_json(metadata[name]) for name in ("options", "classes", "backbone", "summary")}
         name, pretrained = parts["backbone"]["name"], parts["backbone"]["pretrained"]
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"{path} has damaged metadata: {error}") from error
-    if not isinstance(name, str) or not isinstance(pretrained, str | None) or not isinstance(parts["summary"], dict):
-        raise AdapterError(f"{path} has damaged metadata: backbone {parts['backbone']}")
+    if not isinstance(parts["summary"], dict):
+        raise AdapterError(f"{path} has damaged metadata: summary {parts['summary']!r:.80}")
+    if not isinstance(name, str) or not isinstance(pretrained, str | None):
+        raise AdapterError(f"{path} has damaged metadata: backbone {parts['backbone']!r:.200}")
     return {"method": metadata["method"], **parts}
 
 
@@ -161,7 +163,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if missing:
         raise AdapterError(f"{path} is not an adapter of this library: its metadata lacks {', '.join(missing)}")
     if metadata["format"] != str(FORMAT):
-        raise AdapterError(f"{path} has adapter format {metadata['format']!r}, this library reads format {FORMAT}")
+        raise AdapterError(f"{path} has adapter format {metadata['format']!r:.80}, this library reads format {FORMAT}")
     return tensors, metadata
 
 
@@ -197,11 +199,11 @@ def load_adapter(
     path = hub.local_file(path, IN_REPOSITORY)
     tensors, metadata = _read(path)
     if metadata["method"] not in METHODS:
-        raise AdapterError(f"{path} is for method {metadata['method']!r}; known are {sorted(METHODS)}")
+        raise AdapterError(f"{path} is for method {metadata['method']!r:.80}; known are {sorted(METHODS)}")
     try:
-        options, trained_on, origin = (json.loads(metadata[k]) for k in ("options", "classes", "backbone"))
+        options, trained_on, origin = (from_json(metadata[k]) for k in ("options", "classes", "backbone"))
         label = f"{origin['name']} (weights: {origin['pretrained']})"
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"{path} has damaged metadata: {error}") from error
     if metadata["fingerprint"] != backbone.fingerprint:
         raise AdapterError(

@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["read_tensors", "replacing", "write_tensors"]
+__all__ = ["from_json", "read_tensors", "replacing", "write_tensors"]
 
 ABANDONED = 3600
 """Seconds after which a file that nobody has written on is what a killed writer has left; writing takes seconds."""
@@ -41,9 +42,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; after the block it is flushed to the disk and takes the place of `path`.
 
-    If the block or the disk fails (OSError, which names `path`), what was at `path` is untouched and nothing is left beside it. Each writer has a
-    place of its own, so several may write the same file, and the last one's is there whole. What a killed writer has
-    left is removed by one that comes an hour later.
+    If the block or the disk fails (OSError, which names `path`), what was at `path` is untouched and nothing is left
+    beside it. Each writer has a place of its own, so several may write the same file, and the last one's is there
+    whole. What a killed writer has left is removed by one that comes an hour later.
     """
     # not tempfile: its files are for their owner alone, and results are read by whom the umask allows
     beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
@@ -99,6 +100,18 @@ def read_tensors(path: Path, *, need_hash: bool = True) -> tuple[dict[str, Tenso
     if digest is not None and digest != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its content does not match the hash stored in it")
     return tensors, metadata
+
+
+def from_json(text: str) -> Any:
+    """What JSON of unknown origin holds.
+
+    Raises:
+        ValueError: for what is no JSON, has numbers of thousands of digits, or is nested without end.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
