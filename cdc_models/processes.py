@@ -95,6 +95,8 @@ def own_device(device: str) -> str:
     Raises:
         ValueError: for one GPU given to several processes, or fewer GPUs on this machine than processes.
     """
+    if device == "meta":
+        raise ValueError("device: expected one that computes, got 'meta'")
     if part()[1] == 1 or not device.startswith("cuda"):
         return device
     if device != "cuda":

@@ -17,6 +17,7 @@ import torch
 from cdc_models.clip import ClipBackbone
 from cdc_models.data import ImageDataset, ImageReport, harmonic_mean
 from cdc_models.engine import (
+    AdapterError,
     Features,
     FitResult,
     adapter_info,
@@ -28,6 +29,7 @@ from cdc_models.engine import (
 )
 from cdc_models.methods import Method
 from cdc_models.protocols.plan import Cell, Target
+from cdc_models.protocols.results import is_test
 from cdc_models.provenance import git_commit, peak_memory, versions
 from cdc_models.recipes import Recipe, build, on_dataset, reader, train_on
 from cdc_models.rows import Rows
@@ -91,7 +93,7 @@ class Runner:
         for cell in cells:
             for label, how in recipes.items():
                 keys = {target: self._key(how, cell, target) for target in cell.targets}
-                missing = [target for target, key in keys.items() if key not in rows.rows]
+                missing = [target for target, key in keys.items() if not is_test(rows.rows.get(key))]
                 for made in self._tests(how, cell, missing) if missing else ():
                     H = harmonic_mean(*(row["accuracy"] for row in made.values())) if len(made) > 1 else None
                     rows.add(
@@ -110,7 +112,10 @@ class Runner:
         source = self.datasets[cell.source].few_shot(cell.shots, cell.seed)
         source = source if cell.half == "all" else source.half(cell.half)
         adapter = self._adapter(how, cell, source)
-        raw, trained, fitted = load_adapter(adapter, self.backbone), adapter_info(adapter)["summary"], None
+        try:
+            raw, trained, fitted = load_adapter(adapter, self.backbone), adapter_info(adapter)["summary"], None
+        except AdapterError as error:
+            raise AdapterError(f"{error}; delete it to have it trained again") from error
         if len(source.val):
             fitted = load_adapter(adapter, self.backbone)  # a second copy, whose temperature is fitted
             calibrate(fitted, reader(source.val, self.backbone, self.test_batch, self.workers))
