@@ -42,8 +42,8 @@ SHARED = ("train", "evaluate", "predict")
 """What several processes can do together."""
 
 EXIT = (
-    "Exit status: 0 done; 2 arguments or input that cannot be used, told in one sentence; 130 interrupted, and the "
-    "same command goes on; 1 anything else that went wrong."
+    "Exit status: 0 done; 2 arguments or input that cannot be used, told in one sentence; 130 interrupted (train, "
+    "predict, protocol and demo go on when given again); 1 anything else that went wrong."
 )
 
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(130, f"interrupted: {stop}" if str(stop) else "interrupted")
     except (ValueError, FileNotFoundError, ImportError) as error:
         _end(2, error)
-    except (RunFailed, processes.FirstFailed, OSError) as error:
+    except (RunFailed, processes.FirstFailed, processes.OthersLost, OSError) as error:
         _end(1, error)
 
 

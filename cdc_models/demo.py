@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import sys
 import time
@@ -24,6 +23,7 @@ from cdc_models.data.emoji import TASKS
 from cdc_models.engine import calibrate
 from cdc_models.experiment import ABLATIONS, SETTINGS, Results, Run, batches, benchmark_of, compare, train_one
 from cdc_models.methods import CDC
+from cdc_models.processes import cores
 
 __all__ = ["LEGEND", "demo", "title_of"]
 
@@ -86,9 +86,7 @@ def demo(
         settings = {label: settings[label] for label in methods}
     if workers < 0:
         raise ValueError(f"workers: expected a number >= 0, got {workers}")
-    workers = workers or min(
-        8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    workers = workers or min(8, cores())
     started = time.perf_counter()
     backbone = load_clip("bundled")
     runs = [Run(split, split * seeds + i + 1, task, partition, shots) for split in range(splits) for i in range(seeds)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,15 +27,18 @@ from torch import Tensor
 
 __all__ = [
     "FirstFailed",
+    "OthersLost",
     "check_part",
+    "cores",
     "gather_json",
     "gather_tensors",
     "in_step",
     "is_first",
     "joined",
     "launched",
-    "local_rank",
+    "meeting",
     "on_first",
+    "own_device",
     "part",
     "share_tensors",
     "sum_gradients",
@@ -42,9 +46,21 @@ __all__ = [
 
 Item = TypeVar("Item")
 
+PATIENCE = timedelta(hours=1)
+"""How long one process waits for another that still answers nothing. They do the same work, so waits are short: while
+the first writes a checkpoint, one reads slower images, compiles later, or downloads the weights."""
+
+UNEVEN = timedelta(days=7)
+"""The same where one may have hours of work more than another. One that dies is noticed at once all the same, by the
+connection that ends; only a machine that falls silent is waited for."""
+
 
 class FirstFailed(RuntimeError):
     """The first process could not do what the others waited for; it says why itself."""
+
+
+class OthersLost(RuntimeError):
+    """Other processes ended, or do not answer, while this one waits for them."""
 
 
 def part() -> tuple[int, int]:
@@ -65,12 +81,44 @@ def is_first() -> bool:
 
 def launched() -> int:
     """How many processes a launcher says it has started, this one among them; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _told("WORLD_SIZE", 1)
 
 
-def local_rank() -> int:
-    """The number of this process among those of its machine, as the launcher counts them."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def own_device(device: str) -> str:
+    """The device of this process, where all are given the same one: of several GPUs, that of its number.
+
+    Raises:
+        ValueError: for one GPU given to several processes, or fewer GPUs on this machine than processes.
+    """
+    if device == "meta":
+        raise ValueError("device: expected one that computes, got 'meta'")
+    if part()[1] == 1 or not device.startswith("cuda"):
+        return device
+    if device != "cuda":
+        raise ValueError(
+            f"device: each of {part()[1]} processes takes a GPU of its own; expected 'cuda', got {device!r}"
+        )
+    rank, gpus = _told("LOCAL_RANK", 0), torch.cuda.device_count()
+    here = max(_told("LOCAL_WORLD_SIZE", 1), rank + 1)
+    if gpus < here:
+        raise ValueError(
+            f"device: {here} processes on this machine need a GPU each, it has {gpus}; start fewer, or take cpu"
+        )
+    torch.cuda.set_device(rank)  # which NCCL goes by
+    return f"cuda:{rank}"
+
+
+def _told(name: str, default: int) -> int:
+    """A number that a launcher tells by the environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{name}: expected a whole number from the launcher, got {text!r}")
+    return int(text)
 
 
 @contextmanager
@@ -81,6 +129,7 @@ def joined() -> Iterator[None]:
 
     Raises:
         ValueError: if the launcher has not said where the processes meet (MASTER_ADDR and MASTER_PORT).
+        OthersLost: if they do not meet there.
 
     Example:
         >>> with joined():
@@ -90,13 +139,43 @@ def joined() -> Iterator[None]:
     if launched() < 2 or dist.is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # One process may have hours of work more than another, when it predicts; a launcher ends all if one dies.
-    dist.init_process_group(backend, timeout=timedelta(days=7))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    with _waiting():
+        dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """Around every exchange: what its libraries say of a lost connection, as a sentence."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo throws no other
+        rank, count = part() if dist.is_initialized() else (_told("RANK", 0), launched())
+        # without the line of C++ in front, and the advice behind
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error)).split("\n")[0].split(". ")[0] or type(error).__name__
+        raise OthersLost(
+            f"process {rank} of {count} has lost the others, which ended or do not answer ({reason}); start all again "
+            "to go on from what is saved"
+        ) from error
+
+
+def meeting() -> Callable[[], None]:
+    """Where processes wait for all others, each when its work is done; called by all before it, and by all after it."""
+    if part()[1] == 1:
+        return lambda: None
+    with _waiting():
+        group = dist.new_group(backend="gloo", timeout=UNEVEN)
+    assert isinstance(group, dist.ProcessGroup)  # and not the mark of one that leaves this process out
+
+    def meet() -> None:
+        with _waiting():
+            dist.barrier(group)
+
+    return meet
 
 
 def on_first(do: Callable[[], object]) -> None:
@@ -135,8 +214,9 @@ def gather_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 def share_tensors(tensors: Iterable[Tensor]) -> None:
     """Give all processes the first one's values, in place."""
     if part()[1] > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), 0)
+        with _waiting():
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
 
 
 def in_step(batches: Iterable[Item], empty: Item) -> Iterator[Item]:
@@ -148,7 +228,8 @@ def in_step(batches: Iterable[Item], empty: Item) -> Iterator[Item]:
     while True:
         batch = next(rest, None)
         left = torch.tensor(int(batch is not None), device=_device())
-        dist.all_reduce(left)
+        with _waiting():
+            dist.all_reduce(left)
         if not left:
             return
         yield empty if batch is None else batch
@@ -170,7 +251,8 @@ def sum_gradients(parameters: Sequence[Tensor], images: int, loss: float, stop: 
     flags = torch.tensor([images, loss * images, stop, *(p.grad is not None for p in parameters)], dtype=torch.float32)
     grads = [torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1) * images for p in parameters]
     flat = torch.cat([flags.to(parameters[0].device), *(g.float() for g in grads)])
-    dist.all_reduce(flat)
+    with _waiting():
+        dist.all_reduce(flat)
     total, total_loss, stops, *have = flat[: len(flags)].tolist()
     start = len(flags)
     for p, has in zip(parameters, have, strict=True):
@@ -189,10 +271,12 @@ def _gather(message: bytes) -> list[bytes]:
     rank, count = part()
     sizes = torch.zeros(count, dtype=torch.int64, device=_device())
     sizes[rank] = len(message)
-    dist.all_reduce(sizes)
+    with _waiting():
+        dist.all_reduce(sizes)
     room = torch.zeros(int(sizes.max()), dtype=torch.uint8)
     room[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
     room = room.to(_device())
     everyone = [torch.empty_like(room) for _ in range(count)]
-    dist.all_gather(everyone, room)
+    with _waiting():
+        dist.all_gather(everyone, room)
     return [t[:size].cpu().numpy().tobytes() for t, size in zip(everyone, sizes.tolist(), strict=True)]

@@ -43,7 +43,6 @@ class Training:
         warmup_lr: learning rate of the warm-up.
         crop: smallest area of a training crop, as a part of the image.
         autocast: number format of the towers' arithmetic; what is learned stays float32.
-        compile: run the step through torch.compile, which takes a minute or more before the first step.
     """
 
     epochs: int = 5
@@ -55,7 +54,6 @@ class Training:
     warmup_lr: float = 1e-5
     crop: float = 0.08
     autocast: Literal["no", "bfloat16"] = "no"
-    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,11 +152,17 @@ def train_on(
     workers: int = 0,
     checkpoint: Path | None = None,
     checkpoint_every: int = 0,
+    compile: bool = False,
     progress: bool = True,
 ) -> tuple[FitResult, ImageReport]:
     """Train a method on the training images of a dataset, as published: shuffled, cropped, flipped, whole batches.
 
     Several processes share each batch, and take the steps that one would: only what `Views` draw differs.
+
+    Args:
+        model, data, training: what is trained on what, and how.
+        seed: of order, crops and flips. compile: run the step through torch.compile.
+        workers, checkpoint, checkpoint_every, progress: as the arguments of `ImageLoader` and `fit`.
 
     Returns:
         What `fit` returns, and which images were skipped.
@@ -180,7 +184,7 @@ def train_on(
         pin_memory=model.backbone.device.type == "cuda",
         part=processes.part(),
     )
-    if training.compile:
+    if compile:
         model.compile(fullgraph=True)
     result = fit(
         model,

@@ -37,7 +37,7 @@ class Rows:
                 try:
                     row = json.loads(line)
                     self.rows[row["key"]] = row
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
 
     def add(self, *rows: dict[str, Any]) -> None:

@@ -215,5 +215,5 @@ def read_part(path: Path) -> list[Row]:
             return [{"path": row["path"], "skipped": row["skipped"]} for row in rows]
         arrow = _pyarrow()
         return arrow.parquet.read_table(path, columns=["path", "skipped"]).to_pylist()
-    except (ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:  # pyarrow's are some of these
         raise ValueError(f"out: {path} is no part of predictions ({error}); delete it to have it made again") from error

@@ -139,10 +139,10 @@ def tokenize_classes(backbone: ClipBackbone, names: Sequence[str], template: str
     rows = [backbone.encode_words(template.replace("{}", text)) for text in texts]
     check_distinct(names, rows)
     room = backbone.context_length - 2
-    if long := [f"{name!r} ({len(row)})" for name, row in zip(names, rows, strict=True) if len(row) > room]:
+    if long := [f"{name!r:.80} ({len(row)})" for name, row in zip(names, rows, strict=True) if len(row) > room]:
         raise ValueError(
             f"names: too long for a context of {backbone.context_length} tokens, start and end among them: "
-            f"{', '.join(long)}"
+            f"{', '.join(long[:10])}{', ...' if len(long) > 10 else ''}"
         )
     end = backbone.eot_id  # pooling looks for it, or for the largest id, which it is meant to be
     if early := [name for name, row in zip(names, rows, strict=True) if end in row or max(row, default=0) > end]:

@@ -42,6 +42,8 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
     An adapter classifies among the classes of the data, also when it was trained on others. Reports accuracy,
     calibration, the worth of the uncertainty, and skipped images.
     """
+    if question.out is not None:
+        question.out.parent.mkdir(parents=True, exist_ok=True)
     with output.status("listing images"):
         dataset = dataset_of(data)
     strangers = None if question.unknown is None else load_dataset(question.unknown, _root_of(question.unknown, data))
@@ -69,9 +71,6 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
         "versions": versions(classifier.backbone.device),
         "commit": git_commit(),
     }
-    if question.out is not None:
-        question.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(question.out, values)
     output.result(values)
     output.say(_table(f"{classifier.name} on {dataset.name}, {question.split}, {data.half} classes", found))
     for report in reports.values():
@@ -79,6 +78,8 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
             output.say(f"skipped {image.path}: {image.reason} ({image.detail})")
         if report.skipped:
             output.say(str(report))
+    if question.out is not None:  # last: if it cannot be written, the figures have been told
+        write_json(question.out, values)
 
 
 def _root_of(unknown: str, data: Data) -> str | None:

@@ -22,16 +22,14 @@ def backbone_of(name: str, pretrained: str | None, compute: Compute) -> ClipBack
     """The CLIP of these settings, on its device.
 
     Raises:
-        ValueError: for settings that `load_clip` refuses, or a device that is not there.
+        ValueError: for settings that `load_clip` refuses, or a device that is not there, or not for each process.
         RunFailed: for weights that cannot be had.
     """
     device = compute.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and processes.part()[1] > 1:
-        device = f"cuda:{processes.local_rank()}"
     try:
-        return load_clip(name, None if name == "bundled" else pretrained, device=device)
+        return load_clip(name, None if name == "bundled" else pretrained, device=processes.own_device(device))
     except RuntimeError as error:
         raise RunFailed(str(error)) from error
 

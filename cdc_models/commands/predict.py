@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from cdc_models.commands.parts import learned_hash, model_of
 from cdc_models.commands.run_folder import resolved, start_run, write_json
 from cdc_models.commands.settings import Compute, Interrupted, Model, Output
 from cdc_models.data import DatasetError, image_paths
+from cdc_models.engine.files import from_json
 from cdc_models.methods import Method
 from cdc_models.provenance import git_commit, peak_memory, versions
 from cdc_models.shards import part_files, predict_shards, read_part
@@ -71,7 +71,7 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
     columns = (SpinnerColumn(), TextColumn("images"), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, disable=not output.progress, transient=True)
     task = bar.add_task("", total=None)
-    begun = time.perf_counter()
+    begun, meet = time.perf_counter(), processes.meeting()
     try:
         with bar:
             for _ in predict_shards(
@@ -89,7 +89,7 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
     except KeyboardInterrupt:
         raise Interrupted(f"finished parts are in {images.out}; the same command goes on from there") from None
     with output.status("waiting for the other processes"):
-        processes.gather_json(None)
+        meet()
     predicting = time.perf_counter() - begun
     if not processes.is_first():
         return
@@ -125,6 +125,11 @@ def predict(images: Images, model: Model, compute: Compute, output: Output) -> N
 def _check_classifier(path: Path, classifier: Method) -> None:
     """Parts of one folder are one classifier's: an adapter file may have been written anew since the first of them."""
     own = {"backbone": classifier.backbone.fingerprint, "learned": learned_hash(classifier)}
-    if path.exists() and json.loads(path.read_text()) != own:
-        raise ValueError(f"out: the parts in {path.parent} are of another classifier; give another folder")
+    if path.exists():
+        try:
+            there = from_json(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"out: {path} is damaged ({error}); delete it, or give another folder") from error
+        if there != own:
+            raise ValueError(f"out: the parts in {path.parent} are of another classifier; give another folder")
     write_json(path, own)

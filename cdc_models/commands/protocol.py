@@ -154,6 +154,7 @@ def _run(
         workers=compute.readers,
         test_batch=compute.test_batch,
         checkpoint_every=compute.checkpoint_every,
+        compile=compute.compile,
         progress=output.progress,
     )
     rows = _work(runner, cells, recipes, output)

@@ -13,25 +13,10 @@ from cdc_models.commands.protocol import write_tables
 from cdc_models.commands.settings import Output
 from cdc_models.demo import LEGEND, title_of
 from cdc_models.experiment import ABLATIONS, SETTINGS, Run, is_complete
-from cdc_models.protocols import PROTOCOLS, TRANSFER
+from cdc_models.protocols import PROTOCOLS, TRANSFER, is_test
 from cdc_models.rows import Rows
 
 __all__ = ["Runs", "report"]
-
-OF_A_TEST = (
-    "key",
-    "dataset",
-    "method",
-    "split",
-    "seed",
-    "shots",
-    "accuracy",
-    "ece",
-    "calibrated_ece",
-    "source",
-    "recipe",
-    "backbone",
-)
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,7 @@ def report(what: Runs, output: Output) -> None:
         raise ValueError(f"out: expected a folder for the tables of {len(what.runs)} folders of runs, got none")
     folder = what.runs[0] if what.out is None else what.out
     rows = list({row["key"]: row for run in what.runs for row in _read(run)}.values())
-    protocol = _the_only("protocol", {row.get("protocol", "demo") for row in rows})
+    protocol = _the_only("protocol", {str(row.get("protocol", "demo")) for row in rows})
     if protocol == "demo":
         _demo(rows, folder, output, one_run=what.runs == (folder,))
         return
@@ -67,8 +52,8 @@ def report(what: Runs, output: Output) -> None:
         raise ValueError(
             f"runs: expected results of cdc demo or of a protocol ({', '.join(PROTOCOLS)}), got {protocol!r}"
         )
-    if not all(set(OF_A_TEST) <= row.keys() for row in rows):
-        raise ValueError(f"runs: expected results with {', '.join(OF_A_TEST)}, got some without")
+    if bad := [row["key"] for row in rows if not is_test(row)]:
+        raise ValueError(f"runs: expected results as cdc protocol writes them, got {len(bad)} others: {bad[0]!r:.80}")
     _the_only("CLIP", {_part_of_key(row, 1) for row in rows})  # by the hash of its weights
     if protocol in TRANSFER:
         _the_only("source", {row["source"] for row in rows})
@@ -80,15 +65,18 @@ def report(what: Runs, output: Output) -> None:
 
 def _demo(rows: list[dict[str, Any]], folder: Path, output: Output, one_run: bool) -> None:
     """The report of the bundled benchmark; rows in the order in which `cdc demo` has them."""
-    rows = [row for row in rows if is_complete(row)]
+    rows = [row for row in rows if is_complete(row) and isinstance(row.get("label"), str)]
     if not rows:
         raise ValueError("runs: expected finished runs of cdc demo, got none with all figures")
     fingerprint = _the_only("CLIP", {_part_of_key(row, 0) for row in rows})
     _one_meaning(rows, "label", "setting")
     order = [*SETTINGS, *ABLATIONS, *(row["label"] for row in rows)]
-    runs = [Run(**row["run"]) for row in rows]
+    try:
+        runs = [Run(**row["run"]) for row in rows]
+        rows.sort(key=lambda row: (order.index(row["label"]), row["run"]["split"], row["run"]["seed"]))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"runs: expected results as cdc demo writes them, got others ({error})") from error
     _the_only("task", {(run.task, run.partition, run.shots) for run in runs})
-    rows.sort(key=lambda row: (order.index(row["label"]), row["run"]["split"], row["run"]["seed"]))
     there = folder / "summary.json"
     # what the run itself said of its command, date and versions
     facts = json.loads(there.read_text()) if there.exists() and one_run else {}
@@ -130,7 +118,7 @@ def _one_meaning(rows: Sequence[dict[str, Any]], label: str, setting: str) -> No
     """Refuse results that would stand under one name and were made in different ways."""
     settings: dict[str, Any] = {}
     for row in rows:
-        if settings.setdefault(row[label], row[setting]) != row[setting]:
+        if settings.setdefault(row[label], row.get(setting)) != row.get(setting):
             raise ValueError(
-                f"runs: {row[label]!r} stands for {settings[row[label]]} and for {row[setting]}; report them apart"
+                f"runs: {row[label]!r} stands for {settings[row[label]]} and for {row.get(setting)}; report them apart"
             )

@@ -43,7 +43,7 @@ def _start_run(folder: Path, settings: dict[str, Any]) -> None:
     if path.exists():
         try:
             there = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
             there = None
         if not isinstance(there, dict):
             raise ValueError(f"out: {path} is not a file of settings; delete it or give another folder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -111,22 +110,24 @@ class Compute:
     """Where and how it is computed; changes no result beyond rounding.
 
     Args:
-        device: such as "cuda:1"; "auto" takes a GPU if there is one. Of several processes, each takes its own GPU.
+        device: such as "cuda:1"; "auto" takes a GPU if there is one. Several processes are given "cuda" or "auto", and
+            each takes a GPU of its own.
         workers: processes that read images for each that computes, at most one a core; 0: none but that one.
         test_batch: images a step where nothing is learned; several processes share them, except in predict.
         checkpoint_every: steps between two checkpoints of training, besides the one after every epoch; 0: none.
+        compile: run the steps of training through torch.compile, which takes a minute or more before the first one.
     """
 
     device: str = "auto"
     workers: int = 2
     test_batch: int = 100
     checkpoint_every: int = 100
+    compile: bool = False
 
     @property
     def readers(self) -> int:
         """The processes that read images."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(self.workers, cores)
+        return min(self.workers, processes.cores())
 
 
 @dataclass(frozen=True)

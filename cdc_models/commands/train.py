@@ -63,6 +63,7 @@ def train(
         workers=compute.readers,
         checkpoint=checkpoint,
         checkpoint_every=compute.checkpoint_every,
+        compile=compute.compile,
         progress=output.progress,
     )
     if result.interrupted:

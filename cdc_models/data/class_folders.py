@@ -86,6 +86,12 @@ def _files(root: Path, below: str) -> Iterator[str]:
         if (status.st_dev, status.st_ino) in entered:
             continue
         entered.add((status.st_dev, status.st_ino))
-        folders, files = look(root / here)
+        try:
+            folders, files = look(root / here)
+        except DatasetError:
+            if here == below:
+                raise
+            yield here  # which is skipped, and reported, when it is read
+            continue
         yield from (os.path.join(here, name) for name in files)
         waiting += [os.path.join(here, name) for name in reversed(folders)]

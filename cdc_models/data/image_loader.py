@@ -18,6 +18,7 @@ from cdc_models.data.image_report import ImageReport, SkippedImage
 from cdc_models.data.listing import DatasetError
 from cdc_models.data.open_image import BadImageError
 from cdc_models.processes import check_part
+from cdc_models.seeds import as_seed, check_seed
 
 __all__ = ["ImageLoader", "scan"]
 
@@ -49,7 +50,7 @@ class ImageLoader:
         report: the images skipped so far. generator: where a seeded loader draws from; else None.
 
     Raises:
-        ValueError: for a batch size, a number of workers or a part out of range.
+        ValueError: for a batch size, a number of workers, a seed or a part out of range.
         DatasetError: during a pass, if not one of its images can be read and there are no other processes.
 
     Example:
@@ -73,6 +74,8 @@ class ImageLoader:
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"batch_size, num_workers: expected at least 1 and 0, got {batch_size}, {num_workers}")
         check_part(part)
+        if seed is not None:
+            check_seed(seed)
         self.part = part
         self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -133,7 +136,7 @@ class _Seeded(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         self.state = torch.get_rng_state()
-        torch.default_generator.manual_seed(self.seed)
+        torch.default_generator.manual_seed(as_seed(self.seed))
 
     def __exit__(self, *_: object) -> None:
         torch.set_rng_state(self.state)

@@ -17,7 +17,7 @@ def image_paths(source: str | os.PathLike[str], root: str | os.PathLike[str] | N
     """Paths of unlabelled images, always in the same order, without ever holding all of them.
 
     - a folder: every file below it, folders and files by name; a dot in front hides a name. What is no image is
-      found out when it is read.
+      found out when it is read, as is a folder that may not be looked into.
     - a .txt file: a path a line; relative ones start at `root`, by default where the program was started.
     - a .csv, .tsv or .parquet file: its column "path" (or "file", "image", ...); relative paths start at `root`, by
       default the file's folder, and none may leave it.
@@ -50,7 +50,10 @@ def image_paths(source: str | os.PathLike[str], root: str | os.PathLike[str] | N
         raise DatasetError(
             f"images: {source}: expected a folder, a .txt list, .tar files, or a table that ends in {TABLES}"
         )
-    return _of_table(source, Path(source.parent if root is None else root))
+    root = Path(source.parent if root is None else root)
+    for _ in _of_table(source, root):  # a fault in its last row is found now, and not after hours
+        pass
+    return _of_table(source, root)
 
 
 def _below(folder: Path) -> Iterator[str]:
@@ -58,11 +61,21 @@ def _below(folder: Path) -> Iterator[str]:
     waiting = [str(folder)]
     while waiting:
         here = waiting.pop()
-        status = os.stat(here)
+        try:
+            status = os.stat(here)
+        except OSError:
+            yield here
+            continue
         if (status.st_dev, status.st_ino) in entered:
             continue
         entered.add((status.st_dev, status.st_ino))
-        folders, files = look(Path(here))
+        try:
+            folders, files = look(Path(here))
+        except DatasetError:
+            if here == str(folder):
+                raise
+            yield here  # which is skipped, and reported, as what it is
+            continue
         yield from (os.path.join(here, name) for name in files)
         waiting += [os.path.join(here, name) for name in reversed(folders)]
 

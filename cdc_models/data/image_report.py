@@ -20,6 +20,9 @@ class SkippedImage:
     reason: str
     detail: str
 
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason} ({self.detail})"
+
     @classmethod
     def of(cls, error: BadImageError) -> SkippedImage:
         return cls(error.path, error.reason, error.detail)

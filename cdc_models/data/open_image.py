@@ -76,17 +76,26 @@ def open_image(path: str | os.PathLike[str], *, orient: bool = True, max_pixels:
         missing
     """
     name = os.fspath(path)
+    size = size_of_plain(name)
+    if size == 0:
+        raise BadImageError(name, "not an image", "an empty file")
+    return _decode(name, name, size, orient, max_pixels)
+
+
+def size_of_plain(name: str) -> int:
+    """Bytes in a file; a BadImageError if there is none, or it is a folder, a pipe or a device.
+
+    A pipe would be waited for without end.
+    """
     try:
         status = os.stat(name)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadImageError(name, "missing", error.strerror or "no file") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise BadImageError(name, "unreadable", str(error)) from error
-    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+    if not stat.S_ISREG(status.st_mode):
         raise BadImageError(name, "unreadable", "a folder" if stat.S_ISDIR(status.st_mode) else "no plain file")
-    if status.st_size == 0:
-        raise BadImageError(name, "not an image", "an empty file")
-    return _decode(name, name, status.st_size, orient, max_pixels)
+    return status.st_size
 
 
 def decode_image(data: bytes, name: str, *, orient: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:

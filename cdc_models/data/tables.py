@@ -105,7 +105,9 @@ def parquet_rows(file: Path, pick: Callable[[Sequence[str]], Sequence[int]]) -> 
             for batch in table.iter_batches(columns=columns):
                 cells = [[_text(cell) for cell in batch.column(name).to_pylist()] for name in columns]
                 yield from zip(*cells, strict=True)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except DatasetError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DatasetError(f"{file}: cannot be read as a Parquet file ({error})") from error
 
 
@@ -147,4 +149,6 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 
 
 def _text(cell: object) -> str:
+    if isinstance(cell, list | dict):
+        raise ValueError(f"expected text or numbers, got {cell!r:.80}")
     return "" if cell is None else cell.decode() if isinstance(cell, bytes) else str(cell)

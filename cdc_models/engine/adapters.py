@@ -15,8 +15,8 @@ from cdc_models.clip import ClipBackbone
 from cdc_models.clip.backbone import check_backbone
 from cdc_models.engine import hub
 from cdc_models.engine.checks import check_method
-from cdc_models.engine.files import read_tensors, write_tensors
-from cdc_models.engine.model_card import model_card
+from cdc_models.engine.files import from_json, read_tensors, write_tensors
+from cdc_models.engine.model_card import model_card, name_of_weights
 from cdc_models.methods import METHODS
 from cdc_models.methods.base import Method
 from cdc_models.provenance import library_version
@@ -70,13 +70,13 @@ def save_adapter(model: Method, path: str | os.PathLike[str], summary: dict[str,
     Args:
         model: a trained method.
         path: file to write; its folder must exist.
-        summary: anything JSON can hold, such as epochs and accuracy.
+        summary: names and anything JSON can hold, such as epochs and accuracy.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: values that are not finite, or a summary that JSON does not hold.
+        ValueError: values that are not finite, or a summary that is no dict or that JSON does not hold.
         OSError: if the folder cannot be written.
 
     Example:
@@ -88,20 +88,26 @@ def save_adapter(model: Method, path: str | os.PathLike[str], summary: dict[str,
         'pets.safetensors'
     """
     check_method(model)
+    return _save(model, Path(path), summary, model.backbone.pretrained)
+
+
+def _save(model: Method, path: Path, summary: dict[str, Any] | None, pretrained: str | None) -> Path:
+    """`save_adapter`, with what is said of where the backbone's weights are from."""
     state = _learned_state(model)
     if wrong := _unusable_values(state):
         raise ValueError(f"model: {wrong}; nothing was written")
-    path = Path(path)
+    if not isinstance(summary, dict | None):
+        raise ValueError(f"summary: expected a dict, such as {{'epochs': 5}}, or None, got {summary!r:.80}")
     try:
-        told = json.dumps(summary or {})
-    except (TypeError, ValueError) as error:
+        told = json.dumps(summary or {}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"summary: expected what JSON holds, got {summary!r:.80}: {error}") from error
     metadata = {
         "format": str(FORMAT),
         "library": f"cdc-ops {library_version()}",
         "method": model.name,
         "options": json.dumps(model.options),
-        "backbone": json.dumps({"name": model.backbone.name, "pretrained": model.backbone.pretrained}),
+        "backbone": json.dumps({"name": model.backbone.name, "pretrained": pretrained}),
         "fingerprint": model.backbone.fingerprint,
         "classes": json.dumps(list(model.class_names)),
         "summary": told,
@@ -134,12 +140,14 @@ def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     _, metadata = _read(hub.local_file(path, IN_REPOSITORY))
     try:
-        parts = {name: json.loads(metadata[name]) for name in ("options", "classes", "backbone", "summary")}
+        parts = {name: from_json(metadata[name]) for name in ("options", "classes", "backbone", "summary")}
         name, pretrained = parts["backbone"]["name"], parts["backbone"]["pretrained"]
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"{path} has damaged metadata: {error}") from error
-    if not isinstance(name, str) or not isinstance(pretrained, str | None) or not isinstance(parts["summary"], dict):
-        raise AdapterError(f"{path} has damaged metadata: backbone {parts['backbone']}")
+    if not isinstance(parts["summary"], dict):
+        raise AdapterError(f"{path} has damaged metadata: summary {parts['summary']!r:.80}")
+    if not isinstance(name, str) or not isinstance(pretrained, str | None):
+        raise AdapterError(f"{path} has damaged metadata: backbone {parts['backbone']!r:.200}")
     return {"method": metadata["method"], **parts}
 
 
@@ -155,7 +163,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if missing:
         raise AdapterError(f"{path} is not an adapter of this library: its metadata lacks {', '.join(missing)}")
     if metadata["format"] != str(FORMAT):
-        raise AdapterError(f"{path} has adapter format {metadata['format']!r}, this library reads format {FORMAT}")
+        raise AdapterError(f"{path} has adapter format {metadata['format']!r:.80}, this library reads format {FORMAT}")
     return tensors, metadata
 
 
@@ -191,11 +199,11 @@ def load_adapter(
     path = hub.local_file(path, IN_REPOSITORY)
     tensors, metadata = _read(path)
     if metadata["method"] not in METHODS:
-        raise AdapterError(f"{path} is for method {metadata['method']!r}; known are {sorted(METHODS)}")
+        raise AdapterError(f"{path} is for method {metadata['method']!r:.80}; known are {sorted(METHODS)}")
     try:
-        options, trained_on, origin = (json.loads(metadata[k]) for k in ("options", "classes", "backbone"))
+        options, trained_on, origin = (from_json(metadata[k]) for k in ("options", "classes", "backbone"))
         label = f"{origin['name']} (weights: {origin['pretrained']})"
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"{path} has damaged metadata: {error}") from error
     if metadata["fingerprint"] != backbone.fingerprint:
         raise AdapterError(
@@ -229,8 +237,7 @@ def push_adapter(
     """Write an adapter into a model hub repository, with a page (README.md) that says what it is and how to load it.
 
     Needs huggingface_hub, and its login or a token. Nothing but these two files is sent, in one commit; the page is
-    written anew. As in every adapter file, the metadata has the name of the backbone's weights as `load_clip` was given
-    it, be it a path of this machine.
+    written anew. Of weights from a local file, they have the file's name and the hash of the weights, not its path.
 
     Args:
         model: a trained method.
@@ -251,7 +258,9 @@ def push_adapter(
         'hf-hub:owner/pets'
     """
     with TemporaryDirectory() as folder:
-        save_adapter(model, Path(folder) / IN_REPOSITORY, summary)  # refuses bad input before anything is made
+        # refuses bad input before anything is made
+        check_method(model)
+        _save(model, Path(folder) / IN_REPOSITORY, summary, name_of_weights(model.backbone))
         full = hub.create(repository, private, token)
         address = f"{hub.PREFIX}{full}"
         (Path(folder) / "README.md").write_text(model_card(model, address, summary), encoding="utf-8")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cdc_models import processes
-from cdc_models.engine.files import read_tensors, write_tensors
+from cdc_models.engine.files import from_json, read_tensors, write_tensors
 from cdc_models.methods.base import Method
 
 __all__ = ["Checkpoint", "CheckpointError", "Position", "Randomness"]
@@ -204,8 +204,8 @@ class Checkpoint:
             return None
         try:
             tensors, metadata = read_tensors(self.path)
-            run, position = json.loads(metadata["run"]), Position(**json.loads(metadata["position"]))
-            optimizer_names = json.loads(metadata["optimizer"]) if run["format"] == FORMAT else []
+            run, position = from_json(metadata["run"]), Position(**from_json(metadata["position"]))
+            optimizer_names = from_json(metadata["optimizer"]) if run["format"] == FORMAT else []
         except (ValueError, KeyError, TypeError) as error:
             raise self._unusable(error) from error
         here = json.loads(json.dumps(self.run))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from cdc_models import processes
-from cdc_models.engine.checks import check_loader, check_method, pair_of
+from cdc_models.engine.checks import check_everything, check_loader, check_method, pair_of
 from cdc_models.methods.base import Method
 
 __all__ = ["Evaluation", "Features", "area_under_risk_coverage", "evaluate", "extract_features"]
@@ -116,8 +116,8 @@ def extract_features(model: Method, loader: Labelled, *, progress: bool = True, 
 
     Raises:
         ValueError: for an empty loader, batches that are not (images, targets), images that do not fit the backbone,
-            features of another shape, dtype or number of targets, or not finite, or a part of another number of
-            processes.
+            features of another shape, dtype or number of targets, or not finite, the part of another process, or a
+            DistributedSampler, which repeats images.
 
     Example:
         >>> from cdc_models import ZeroShot, load_clip
@@ -134,15 +134,13 @@ def extract_features(model: Method, loader: Labelled, *, progress: bool = True, 
     total = len(loader) if isinstance(loader, Sized) else None
     progress = progress and processes.is_first()
     batches = track(loader, f"reading {what}", total=total, transient=True) if progress else loader
-    device, (rank, count), parts = model.backbone.device, processes.part(), getattr(loader, "part", (0, 1))
-    if parts not in ((0, 1), (rank, count)):
-        raise ValueError(f"loader: expected one of everything or of part {(rank, count)}, got part {parts}")
+    device, shared = model.backbone.device, check_everything(loader)
     pairs, sizes = [], []
     for x, y in map(pair_of, batches):
         sizes.append(len(y))
-        if len(x) or parts[1] == 1:  # else this process has no image of a batch that others have
+        if len(x) or not shared:  # else this process has no image of a batch that others have
             pairs.append((model.image_features(x.to(device)).float(), y))
-    if count > 1 and parts[1] > 1:
+    if shared:
         pairs = _of_everyone(pairs, sizes, device)
     if not pairs:
         raise ValueError(f"loader: expected at least one batch of {what}, got none")

@@ -24,9 +24,9 @@ from cdc_models.data.listing import DatasetError
 from cdc_models.data.transforms import Views
 from cdc_models.engine.checks import check_method
 from cdc_models.engine.evaluate import Features
-from cdc_models.engine.files import read_tensors, write_tensors
+from cdc_models.engine.files import from_json, read_tensors, write_tensors
 from cdc_models.methods.base import Method
-from cdc_models.methods.options import check_seed
+from cdc_models.seeds import check_seed
 
 __all__ = ["CachedFeatures", "FeatureLoader", "cache_features"]
 
@@ -213,7 +213,10 @@ def _read(path: Path) -> Shard | None:
     tensors, metadata = read_tensors(path)
     if metadata.get("key") != path.stem or set(tensors) != {"image", "rows"}:
         raise ValueError(f"{path} is not the file that it is called")
-    return tensors, [SkippedImage(**each) for each in json.loads(metadata["skipped"])]
+    try:
+        return tensors, [SkippedImage(**each) for each in from_json(metadata["skipped"])]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not say which images it leaves out") from error
 
 
 @torch.no_grad()

@@ -21,9 +21,9 @@ from torch import Tensor
 from cdc_models import processes
 from cdc_models.clip.checks import check_count
 from cdc_models.engine.checkpoint import Checkpoint, Position, Randomness
-from cdc_models.engine.checks import check_loader, check_method, pair_of
+from cdc_models.engine.checks import check_loader, check_method, check_share, pair_of
 from cdc_models.methods.base import Method
-from cdc_models.methods.options import check_seed
+from cdc_models.seeds import as_seed, check_seed
 from cdc_ops import checks
 
 __all__ = ["FitResult", "fit", "learning_rate"]
@@ -119,8 +119,8 @@ def fit(
 
     Raises:
         ValueError: for settings out of range or of another type, a model with nothing to learn, a loader that gives no
-            batch, images or targets that `Method.loss` refuses, or a loss that is not finite (the message says at which
-            step; no checkpoint of it is written).
+            batch or another process's part, images or targets that `Method.loss` refuses, or a loss that is not finite
+            (the message says at which step; no checkpoint of it is written).
         CheckpointError: a checkpoint that is damaged or belongs to another run (a ValueError).
         OSError: a checkpoint that cannot be written; found out before the first step, and an earlier one is kept.
             FirstFailed in the other processes.
@@ -139,6 +139,7 @@ def fit(
     """
     check_method(model)
     check_loader(loader)
+    check_share(loader)
     for argument, count in (
         ("epochs", epochs),
         ("warmup_epochs", warmup_epochs),
@@ -160,7 +161,7 @@ def fit(
         raise ValueError(f"model: {type(model).__name__} has nothing to learn")
     if seed is not None:
         check_seed(seed)
-        torch.manual_seed(seed + 1_000_003 * processes.part()[0])
+        torch.manual_seed(as_seed(seed + 1_000_003 * processes.part()[0]))
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
     device, started = model.backbone.device, time.perf_counter()
     per_epoch = len(loader) if isinstance(loader, Sized) else None

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from cdc_models.clip import ClipBackbone
 from cdc_models.methods.base import Method
 from cdc_models.provenance import library_version
 
-__all__ = ["model_card"]
+__all__ = ["model_card", "name_of_weights"]
 
 LISTED = 100
+
+
+def name_of_weights(backbone: ClipBackbone) -> str | None:
+    """The tag or the file name of a backbone's weights: a path of this machine means nothing to others, or too much."""
+    return None if backbone.pretrained is None else Path(backbone.pretrained).name
+
+
+def _code(text: str | None) -> str:
+    """Text in a cell of a Markdown table, whatever it holds."""
+    text = " ".join(str(text).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    room = " " if "`" in text else ""
+    return f"{fence}{room}{text}{room}{fence}".replace("|", r"\|")
 
 
 def model_card(model: Method, address: str, summary: dict[str, Any] | None = None) -> str:
@@ -23,8 +38,7 @@ def model_card(model: Method, address: str, summary: dict[str, Any] | None = Non
         summary: of the training, as for `save_adapter`.
     """
     backbone, names = model.backbone, model.class_names
-    # a path of the machine that it was trained on means nothing to others
-    weights = None if backbone.pretrained is None else Path(backbone.pretrained).name
+    weights = name_of_weights(backbone)
     loading = ", ".join(json.dumps(part) for part in (backbone.name, weights) if part is not None)
     listed = f"The first {LISTED} of {len(names)}:" if len(names) > LISTED else f"All {len(names)}:"
     learned = sum(p.numel() for p in model.learned_parameters().values())
@@ -45,7 +59,7 @@ the backbone that it was trained on and no other, which is checked by the hash o
 | | |
 | --- | --- |
 | method | `{model.name}` |
-| backbone | `{backbone.name}`, weights `{weights}` |
+| backbone | {_code(backbone.name)}, weights {_code(weights)} |
 | hash of the weights | `{backbone.fingerprint[:16]}` |
 | written by | cdc-ops {library_version()} |
 

@@ -14,9 +14,10 @@ from cdc_models.clip.checks import check_count
 from cdc_models.clip.classes import check_template
 from cdc_models.data.transforms import Views
 from cdc_models.methods.base import Method, Prediction, bounded_temperature
-from cdc_models.methods.options import check_flags, check_room, check_seed
+from cdc_models.methods.options import check_flags, check_room
 from cdc_models.prompts import CoupledPrompts, PromptContext, default_depth
 from cdc_models.prompts.templates import fill_templates
+from cdc_models.seeds import check_seed
 from cdc_ops import (
     EvidenceHead,
     FusedOpinion,

@@ -11,8 +11,9 @@ from torch import Tensor
 from cdc_models.clip import ClipBackbone, encode_prompted_text
 from cdc_models.clip.text_layout import POSITIONS
 from cdc_models.methods.base import SoftmaxMethod
-from cdc_models.methods.options import check_flags, check_room, check_seed
+from cdc_models.methods.options import check_flags, check_room
 from cdc_models.prompts import PromptContext
+from cdc_models.seeds import check_seed
 from cdc_ops import checks
 
 __all__ = ["CoOp"]

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from cdc_models.clip import ClipBackbone, encode_prompted_image, encode_prompted_text
 from cdc_models.methods.base import SoftmaxMethod
-from cdc_models.methods.options import check_room, check_seed
+from cdc_models.methods.options import check_room
 from cdc_models.prompts import CoupledPrompts, default_depth
+from cdc_models.seeds import check_seed
 
 __all__ = ["MaPLe"]
 

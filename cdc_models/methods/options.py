@@ -5,7 +5,7 @@ from __future__ import annotations
 from cdc_models.clip import ClassTokens, ClipBackbone
 from cdc_models.clip.checks import check_count
 
-__all__ = ["check_flags", "check_room", "check_seed"]
+__all__ = ["check_flags", "check_room"]
 
 
 def check_flags(**flags: object) -> None:
@@ -13,12 +13,6 @@ def check_flags(**flags: object) -> None:
     if wrong := {argument: value for argument, value in flags.items() if not isinstance(value, bool)}:
         argument, value = next(iter(wrong.items()))
         raise ValueError(f"{argument}: expected True or False, got {value!r}")
-
-
-def check_seed(seed: object) -> None:
-    """Raise ValueError unless torch's generators take `seed`."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed: expected a whole number of at most 64 bits, got {seed!r}")
 
 
 def check_room(backbone: ClipBackbone, classes: ClassTokens, n_ctx: int) -> None:

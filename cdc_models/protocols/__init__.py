@@ -2,6 +2,7 @@
 
 from cdc_models.protocols.plan import PROTOCOLS, TRANSFER, Cell, Target, plan
 from cdc_models.protocols.published_figures import FIGURES, Figure, published_figure
+from cdc_models.protocols.results import is_test
 from cdc_models.protocols.run import Runner
 from cdc_models.protocols.tables import latex, lines, markdown, summarise
 
@@ -13,6 +14,7 @@ __all__ = [
     "Figure",
     "Runner",
     "Target",
+    "is_test",
     "latex",
     "lines",
     "markdown",

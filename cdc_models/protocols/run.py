@@ -17,6 +17,7 @@ import torch
 from cdc_models.clip import ClipBackbone
 from cdc_models.data import ImageDataset, ImageReport, harmonic_mean
 from cdc_models.engine import (
+    AdapterError,
     Features,
     FitResult,
     adapter_info,
@@ -28,6 +29,7 @@ from cdc_models.engine import (
 )
 from cdc_models.methods import Method
 from cdc_models.protocols.plan import Cell, Target
+from cdc_models.protocols.results import is_test
 from cdc_models.provenance import git_commit, peak_memory, versions
 from cdc_models.recipes import Recipe, build, on_dataset, reader, train_on
 from cdc_models.rows import Rows
@@ -49,7 +51,7 @@ class Runner:
         protocol: written into the results.
         datasets: by the names that the cells use.
         backbone: the CLIP. folder: of the run.
-        workers, test_batch, checkpoint_every, progress: as the arguments of `ImageLoader` and `fit`.
+        workers, test_batch, checkpoint_every, compile, progress: as the arguments of `ImageLoader` and `train_on`.
 
     Raises:
         KeyboardInterrupt: from `run`, with finished results written and, within a training, its checkpoint.
@@ -62,6 +64,7 @@ class Runner:
     workers: int = 0
     test_batch: int = 100
     checkpoint_every: int = 0
+    compile: bool = False
     progress: bool = True
 
     def run(
@@ -90,7 +93,7 @@ class Runner:
         for cell in cells:
             for label, how in recipes.items():
                 keys = {target: self._key(how, cell, target) for target in cell.targets}
-                missing = [target for target, key in keys.items() if key not in rows.rows]
+                missing = [target for target, key in keys.items() if not is_test(rows.rows.get(key))]
                 for made in self._tests(how, cell, missing) if missing else ():
                     H = harmonic_mean(*(row["accuracy"] for row in made.values())) if len(made) > 1 else None
                     rows.add(
@@ -109,7 +112,10 @@ class Runner:
         source = self.datasets[cell.source].few_shot(cell.shots, cell.seed)
         source = source if cell.half == "all" else source.half(cell.half)
         adapter = self._adapter(how, cell, source)
-        raw, trained, fitted = load_adapter(adapter, self.backbone), adapter_info(adapter)["summary"], None
+        try:
+            raw, trained, fitted = load_adapter(adapter, self.backbone), adapter_info(adapter)["summary"], None
+        except AdapterError as error:
+            raise AdapterError(f"{error}; delete it to have it trained again") from error
         if len(source.val):
             fitted = load_adapter(adapter, self.backbone)  # a second copy, whose temperature is fitted
             calibrate(fitted, reader(source.val, self.backbone, self.test_batch, self.workers))
@@ -165,6 +171,7 @@ class Runner:
                     workers=self.workers,
                     checkpoint=checkpoint,
                     checkpoint_every=self.checkpoint_every,
+                    compile=self.compile,
                     progress=self.progress,
                 )
             if result.interrupted:

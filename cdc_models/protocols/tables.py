@@ -147,8 +147,12 @@ def markdown(summary: Sequence[Mapping[str, Any]], title: str, backbone: str) ->
     """The table in Markdown."""
     head, body = lines(summary)
     rule = ["---", "---", *["---:"] * (len(head) - 2)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+    table = "\n".join(f"| {' | '.join(_cell(text) for text in line)} |" for line in [head, rule, *body])
     return f"## {title}\n\n{table}\n\n{note(summary, backbone)}\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", r"\|").split())
 
 
 def latex(summary: Sequence[Mapping[str, Any]], title: str, backbone: str) -> str:

@@ -1,6 +1,7 @@
 """`cdc predict` end to end: rows, parts, going on, sources of images; and that memory holds one part."""
 
 import json
+import sys
 from itertools import count
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_it_goes_on_with_the_parts_that_are_missing(adapter, photos, cdc, tmp_pa
     assert status == 130 and "the same command goes on from there" in err
     assert [path.name for path in sorted(tmp_path.glob("part-*"))] == ["part-00000.parquet"]
     first = (tmp_path / "part-00000.parquet").stat().st_mtime_ns
-    (tmp_path / "part-00001.parquet.part").write_bytes(b"cut off")
+    (tmp_path / f"part-00001.parquet.{16 * '0'}.part").write_bytes(b"cut off")
     calls[:] = [0] * 2
     status, out, _ = cdc(*arguments)
     assert status == 0 and calls[2:] == [10, 9] and "1 skipped: 1 not an image" in out
@@ -170,6 +171,41 @@ def test_where_images_come_from(tmp_path):
     for name in ("list.txt", "bad.parquet"):
         with pytest.raises(DatasetError, match="cannot be read"):
             list(image_paths(tmp_path / name))
+
+
+def test_a_fault_at_the_end_of_a_table_is_found_at_its_beginning(tmp_path):
+    (tmp_path / "t.csv").write_text("path\n" + "a.png\n" * 100 + "../b.png\n")
+    with pytest.raises(DatasetError, match="stay inside"):
+        image_paths(tmp_path / "t.csv")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"path": [{"x": 1}]}), tmp_path / "t.parquet")
+    with pytest.raises(DatasetError, match="expected text or numbers"):
+        image_paths(tmp_path / "t.parquet")
+
+
+def test_a_folder_that_may_not_be_read_is_a_row(bundled, tmp_path, monkeypatch):
+    from cdc_models.data import class_folders, listing, load_dataset
+
+    for name in ("x/a.png", "x/closed/b.png", "y/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def look(folder):  # tests may run as root, whom no permission stops
+        if folder.name == "closed":
+            raise DatasetError("permission denied")
+        return listing.look(folder)
+
+    monkeypatch.setattr(sys.modules["cdc_models.data.image_paths"], "look", look)
+    monkeypatch.setattr(class_folders, "look", look)
+    paths = list(image_paths(tmp_path))
+    assert [Path(path).relative_to(tmp_path).as_posix() for path in paths] == ["x/a.png", "x/closed", "y/c.png"]
+    rows = predict_images(ZeroShot(bundled, ["dog", "teapot"]), paths)
+    assert rows[1]["skipped"] == "unreadable (a folder)"
+    assert load_dataset(tmp_path, test=0, val=0).train.paths == ("x/a.png", "x/closed", "y/c.png")
+    with pytest.raises(DatasetError, match="permission"):
+        list(image_paths(tmp_path / "x/closed"))
 
 
 @pytest.mark.parametrize(

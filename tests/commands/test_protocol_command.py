@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from statistics import stdev
 
 import pytest
@@ -57,8 +58,6 @@ def test_base_to_new_tables(protocol_run):
 
 
 def test_it_goes_on_where_it_stopped(protocol_run, published_root, cdc, tmp_path, monkeypatch):
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(protocol_run, out)
     lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
@@ -203,3 +202,21 @@ def test_errors_are_one_sentence(arguments, message, published_root, cdc, tmp_pa
     status, out, err = cdc("protocol", "base-to-new", *given)
     assert (status, out) == (2, "") and message in err and "Traceback" not in err
     assert not (tmp_path / "x").exists()
+
+
+def test_what_somebody_has_damaged_is_made_again_or_told(published_root, protocol_run, cdc, tmp_path):
+    arguments = ("protocol", "base-to-new", *SMALL, f"--root={published_root}", "--datasets=[eurosat,DTD]")
+    whole = tmp_path / "run"
+    shutil.copytree(protocol_run, whole)
+    results = whole / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows[0]["accuracy"], rows[1]["skipped_images"] = "high", None
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows) + "[" * 100_000 + "\n" + "1" * 5_000 + "\n")
+    status, _, err = cdc(*arguments, f"--out={whole}")
+    assert status == 0, err
+    assert (whole / "table.md").read_text() == (protocol_run / "table.md").read_text()
+    results.unlink()
+    adapter = next((whole / "adapters").glob("*.safetensors"))
+    adapter.write_bytes(adapter.read_bytes()[:-8])
+    status, _, err = cdc(*arguments, f"--out={whole}")
+    assert status == 2 and str(adapter) in err and "delete it to have it trained again" in err

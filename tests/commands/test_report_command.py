@@ -85,8 +85,13 @@ def test_what_is_refused(protocol_run, tmp_path, cdc_command):
         ([f"--runs=[{edited('clip', key=json.dumps(other))}]"], "one CLIP"),
         ([f"--runs=[{edited('key', key='no JSON')}]"], "as cdc writes them"),
         ([f"--runs=[{edited('recipe', recipe={'method': 'x'})}]"], "stands for"),
-        ([f"--runs=[{alone('bare', protocol='few-shot')}]"], "some without"),
+        ([f"--runs=[{alone('bare', protocol='few-shot')}]"], "as cdc protocol writes them"),
         ([f"--runs=[{alone('other', protocol='zero')}]"], "'zero'"),
+        ([f"--runs=[{edited('text', accuracy='high')}]"], "got 1 others"),
+        ([f"--runs=[{edited('nan', accuracy=float('nan'))}]"], "got 1 others"),
+        ([f"--runs=[{edited('seed', seed=[1])}]"], "got 1 others"),
+        ([f"--runs=[{edited('images', skipped_images=[5])}]"], "got 1 others"),
+        ([f"--runs=[{edited('kind', protocol=[1])}]"], "one protocol"),
         ([f"--runs=[{alone('demo')}]"], "none with all figures"),
     ):
         status, out, err = cdc_command("report", *arguments)

@@ -81,6 +81,8 @@ def test_markdown_and_latex():
     text = markdown(summary, "base-to-new", "ViT-B-16-quickgelu")
     assert "| FGVCAircraft | cdc | 40.00 (37.47: +2.53) | 30.00 | 34.29 | 0.100 |" in text
     assert "CDC (Zhang et al., NeurIPS 2024), at second hand" in text and "seeds 1, with ViT-B-16-quickgelu" in text
+    odd = markdown(summarise("base-to-new", [{**r, "dataset": "my | photos\n"} for r in ROWS[:4]]), "x", "y")
+    assert r"| my \| photos | maple |" in odd
     tex = latex(summarise("base-to-new", [{**r, "dataset": "a_b & 50%"} for r in ROWS[:4]]), "x", "y")
     assert r"a\_b \& 50\% & maple & 85.00 $\pm$ 7.07" in tex and tex.count(r"\\") == 2 and r"Accuracy in \%" in tex
 

@@ -102,6 +102,7 @@ def test_calibration_changes_the_temperature_only(tmp_path, cdc_json, photos):
         (["--backbone=bundled", "--options.n_ctx=many"], 2, "n_ctx"),
         (["--backbone=bundled", "--crop=0"], 2, "crop"),
         (["--backbone=bundled", "--device=cuda:99"], 2, "device"),
+        (["--backbone=bundled", "--device=meta"], 2, "device: expected one that computes"),
         (["--backbone=bundled", "--method=lora"], 2, "method"),
         (["--backbone=bundled", "--data=no/such"], 2, "no such folder or table"),
         (["--backbone=bundled", "--data=EuroSAT", "--root=nowhere"], 2, "split_zhou_EuroSAT.json"),

@@ -156,7 +156,8 @@ def test_errors(good, tmp_path):
         next(iter(ImageLoader(good.with_transform(None), 2)))
     none = ImageList(tmp_path, [("no.jpg", 0), ("neither.jpg", 0)], ["x"], mean_colour)
     with pytest.raises(
-        DatasetError, match=r"no image can be read: 2 of 2 images skipped: 2 missing; the first is .*no\.jpg"
+        DatasetError,
+        match=r"no image can be read: 2 of 2 images skipped: 2 missing; the first is .*no\.jpg: missing \(",
     ):
         list(ImageLoader(none, 1))
 

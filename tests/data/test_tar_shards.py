@@ -1,7 +1,9 @@
 """Images within .tar files: the same as unpacked, names that are never paths, and every way a file can be wrong."""
 
 import io
+import os
 import tarfile
+import tracemalloc
 
 import pytest
 import torch
@@ -143,6 +145,60 @@ def test_a_member_too_large_is_not_read(shard, monkeypatch):
         TarImages(shard)[0]
 
 
+def test_a_pipe_or_a_folder_is_not_waited_for(tmp_path, bundled):
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "folder.tar").mkdir()
+    for name, detail in (("pipe.tar", "no plain file"), ("folder.tar", "a folder")):
+        (row,) = predict_images(ZeroShot(bundled, ["dog", "teapot"]), str(tmp_path / name))
+        assert row["skipped"] == f"unreadable ({detail})"
+
+
+def long_header(kind, size):
+    """A member whose name or further facts are said to be of `size` bytes."""
+    info = tarfile.TarInfo("long")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def sparse_map():
+    """A member with a list of its holes, which tarfile reads to the end of the list."""
+    info = tarfile.TarInfo("holes.png")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "5"}
+    info.size = 2**32
+    return info.tobuf(tarfile.PAX_FORMAT) + b"9999999\n" + 2**20 * b"0\n"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        long_header(tarfile.GNUTYPE_LONGNAME, 2**32),
+        long_header(tarfile.GNUTYPE_LONGLINK, 2**32),
+        long_header(tarfile.XHDTYPE, 2**32),
+        long_header(tarfile.XGLTYPE, 2**32),
+        sparse_map(),
+    ],
+    ids=["longname", "longlink", "pax", "global-pax", "sparse"],
+)
+def test_headers_of_gigabytes_are_not_read(header, tmp_path):
+    file = make_tar(tmp_path / "a.tar", [("a.png", encoded((5, 5, 5)))])
+    file.write_bytes(file.read_bytes()[:1024] + header)
+    os.truncate(file, 2**33)  # without taking room on the disk
+    tracemalloc.start()
+    images = TarImages(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [name.split("::")[1] for name in images.names] == ["a.png"] and peak < 8 * 2**20
+    assert images.damage.reason == "damaged" and "headers of more than 1048576 bytes" in images.damage.detail
+
+
+def test_a_name_too_long_is_no_name(tmp_path):
+    file = make_tar(tmp_path / "a.tar", [("a.png", b"x"), (f"{'b' * 5000}.png", b"x"), ("c.png", b"x")])
+    images = TarImages(file)
+    assert len(images) == 1 and images.damage.detail == "a name of 5004 characters, after 1 images"
+    make_tar(file, [(f"{'b' * 4000}.png", b"x")])
+    assert len(TarImages(file)) == 1 and TarImages(file).damage is None
+
+
 def test_workers_read_the_same(shard, bundled):
     model = ZeroShot(bundled, ["dog", "teapot"])
     one, two = (predict_images(model, str(shard), batch=2, workers=workers) for workers in (0, 1))
@@ -162,6 +218,8 @@ def test_patterns_and_folders_of_tar_files(tmp_path, shard, bundled):
         image_paths(f"{tmp_path}/s-{{007..011}}.tar")
     with pytest.raises(DatasetError, match="runs backwards"):
         image_paths("s-{2..1}.tar")
+    with pytest.raises(DatasetError, match="more than 1000000 files"):
+        image_paths("s-{0..999}-{0..999999999999}.tar")
 
     (tmp_path / "s-0095.png").write_bytes(encoded((5, 5, 5)))  # between the first and the second
     (tmp_path / "out").mkdir()

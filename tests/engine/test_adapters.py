@@ -115,8 +115,14 @@ def test_a_scale_of_evidence_that_no_number_holds(value, saved, backbone):
 def test_what_cannot_be_saved_or_loaded(saved, backbone, tmp_path):
     model, path = saved
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="summary: expected what JSON holds"):
-        save_adapter(model, path, {"model": model})
+    circle = {}
+    circle["circle"] = circle
+    for summary in ({"model": model}, {"loss": float("nan")}, circle):
+        with pytest.raises(ValueError, match="summary: expected what JSON holds"):
+            save_adapter(model, path, summary)
+    for summary in ([], "five epochs", 5, ""):
+        with pytest.raises(ValueError, match="summary: expected a dict"):
+            save_adapter(model, path, summary)
     with pytest.raises(ValueError, match="model: expected a method.*ClipBackbone"):
         save_adapter(backbone, path)
     with torch.no_grad():

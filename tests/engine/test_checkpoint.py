@@ -86,6 +86,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     process.join()
     assert out.read_bytes() == whole.numpy().tobytes()
     assert len(places) > 5  # the kills were not all at one place
+    assert {path.suffix for path in tmp_path.iterdir() if path not in (checkpoint, out)} <= {".part"}
 
 
 @pytest.mark.parametrize("seeded_loader", [True, False])
@@ -219,7 +220,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, backbone):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
 
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(OSError, match=f"too large: '{path}'"):
             run(path, backbone=backbone, on_epoch=fill, checkpoint_every=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

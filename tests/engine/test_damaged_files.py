@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cdc_models import CDC, CoOp, fit, load_adapter, save_adapter
-from cdc_models.engine import CheckpointError
+from cdc_models.engine import CheckpointError, adapter_info
 from cdc_models.engine.adapters import AdapterError
 from cdc_models.engine.checkpoint import Checkpoint, Randomness
 from cdc_models.engine.files import read_tensors, write_tensors
@@ -153,3 +153,23 @@ def test_an_adapter_without_a_hash_is_accepted(adapter, backbone):
     save_file(tensors, adapter, metadata)
     again = load_adapter(adapter, backbone)
     assert torch.equal(again.prompts.weight, load_file(adapter)["prompts.weight"])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000], ids=["brackets", "digits"])
+@pytest.mark.parametrize("name", ["options", "classes", "backbone", "summary"])
+def test_metadata_without_end(name, text, adapter, backbone):
+    tensors, metadata = read_tensors(adapter)
+    write_tensors(adapter, tensors, {**metadata, name: text})
+    with pytest.raises(AdapterError, match="has damaged metadata"):
+        adapter_info(adapter)
+    if name != "summary":
+        with pytest.raises(AdapterError, match="has damaged metadata"):
+            load_adapter(adapter, backbone)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000], ids=["brackets", "digits"])
+@pytest.mark.parametrize("name", ["run", "position", "optimizer"])
+def test_a_position_without_end(name, text, run):
+    run.rewrite(**{name: text})
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        run.checkpoint.load()

@@ -1,15 +1,18 @@
 """Adapters in a model hub repository, which here is a folder: what is sent, what comes back, what goes wrong."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from conftest import make_small_backbone
+from huggingface_hub.errors import BadRequestError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from cdc_models import CDC, ZeroShot, load_adapter, push_adapter
 from cdc_models.engine import adapter_info
@@ -85,10 +88,27 @@ def test_the_card(hub, backbone):
     assert "The first 100 of 101:" in card and "thing 99" in card and "thing 100" not in card
 
 
+def test_paths_of_this_machine_are_not_sent_and_odd_names_break_no_page(hub):
+    backbone = make_small_backbone()
+    backbone.name, backbone.pretrained = "my | `CLIP`", "/home/someone/secret/we|ights``.pt"
+    names = ["a\n# heading", "</pre><b>", "| `x`"]
+    address = push_adapter(CDC(backbone, names, depth=2, hand_crafted="a `{}` | *photo*\n---"), "me/mine")
+    card = (hub.folder / "me/mine/README.md").read_text()
+    assert "someone" not in card and b"someone" not in (hub.folder / "me/mine/adapter.safetensors").read_bytes()
+    assert adapter_info(address)["backbone"]["pretrained"] == "we|ights``.pt"
+    (row,) = (line for line in card.splitlines() if line.startswith("| backbone"))
+    assert row == r"| backbone | `` my \| `CLIP` ``, weights ``` we\|ights``.pt ``` |"
+    for text in (json.dumps(names), r"a `{}` | *photo*\n---"):  # in blocks of code, each on one line
+        (line,) = (line for line in card.splitlines() if text in line)
+        assert line.startswith("    ")
+
+
 def test_what_goes_wrong(hub, backbone, other_backbone):
-    with pytest.raises(OSError, match=r"^hf-hub:me/none: adapter.safetensors cannot be downloaded: not there$"):
+    with pytest.raises(
+        OSError, match=r"^hf-hub:me/none: adapter.safetensors cannot be downloaded: not there and a second line$"
+    ):
         load_adapter("hf-hub:me/none", backbone)
-    with pytest.raises(ValueError, match="hf-hub:a/b/c: Repo id must be"):
+    with pytest.raises(ValueError, match="hf-hub:a/b/c: adapter.safetensors cannot be downloaded: Repo id must be"):
         adapter_info("hf-hub:a/b/c")
     address = push_adapter(CDC(backbone, CLASSES, depth=2), "me/mine")
     with pytest.raises(AdapterError, match="was trained on small"):
@@ -98,11 +118,45 @@ def test_what_goes_wrong(hub, backbone, other_backbone):
         load_adapter(address, backbone)
 
 
+class NoAnswer(Exception):
+    """As the errors of an HTTP client, of no kind that others share."""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (NoAnswer("connection refused\n\nby peer"), OSError, "connection refused by peer"),
+        (NoAnswer(), OSError, "NoAnswer"),
+        (RepositoryNotFoundError("401 Client Error", response=Mock()), OSError, "401 Client Error"),
+        (BadRequestError("400 Bad Request", response=Mock()), OSError, "400 Bad Request"),
+        (HFValidationError("no such name"), ValueError, "no such name"),
+    ],
+)
+def test_what_the_hub_says_is_passed_on_in_a_sentence(error, kind, told, backbone, monkeypatch, cdc_command):
+    def fail(*_, **__):
+        raise error
+
+    model = ZeroShot(backbone, CLASSES)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
+    with pytest.raises(kind, match=f"^hf-hub:me/a@v1: adapter.safetensors cannot be downloaded: {told}"):
+        load_adapter("hf-hub:me/a@v1", backbone)
+    with pytest.raises(kind, match=f"^hf-hub:me/a: the repository cannot be made: {told}"):
+        push_adapter(model, "me/a")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/a"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
+    with pytest.raises(kind, match=f"^hf-hub:me/a: the adapter cannot be uploaded: {told}"):
+        push_adapter(model, "me/a")
+    status, out, err = cdc_command("predict", "--images=x", "--adapter=hf-hub:me/a")
+    assert (status, out) == (1 if kind is OSError else 2, "") and err.startswith("cdc: hf-hub:me/a: adapter")
+    assert err.count("\n") == 1
+
+
 def test_without_the_package(backbone, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+    with pytest.raises(ImportError, match=r"pip install 'cdc-ops\[hub\]'"):
         load_adapter("hf-hub:me/mine", backbone)
 
 

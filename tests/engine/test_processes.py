@@ -3,16 +3,20 @@
 import multiprocessing
 import os
 import signal
+import socket
+import sys
 import traceback
 from dataclasses import asdict
+from datetime import timedelta
 from itertools import chain
 
 import pytest
 import torch
 from conftest import make_small_backbone
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from cdc_models import CDC, METHODS, CoOp, evaluate, fit, processes
+from cdc_models.cli import COMMANDS, main
 from cdc_models.data import BadImageError, ImageLoader
 from cdc_models.engine import CheckpointError, FitResult, extract_features
 
@@ -99,6 +103,9 @@ def refusals(folder):
         lambda: fit(model, loader((rank, 2), bad=range(23)), progress=False),
         lambda: extract_features(model, loader((rank, 3)), progress=False),
         lambda: evaluate(model, loader((rank, 2), bad=range(23)), progress=False),
+        lambda: fit(model, loader((0, 1)), progress=False),
+        lambda: fit(model, sampled(1 - rank), progress=False),
+        lambda: evaluate(model, sampled(rank), progress=False),
     ]
     for attempt in attempts:
         try:
@@ -107,6 +114,12 @@ def refusals(folder):
         except (ValueError, OSError, RuntimeError) as error:
             told.append((type(error).__name__, str(error)))
     return told
+
+
+def sampled(rank):
+    """A loader of plain PyTorch, whose sampler makes shares of equal length by repeating images."""
+    data = Noisy(bad=())
+    return DataLoader(data, 4, sampler=DistributedSampler(data, 2, rank))
 
 
 def uneven():
@@ -137,11 +150,34 @@ def data_of(data):
     return [data[i] for i in range(len(data))]
 
 
-def work(rank, folder):
-    """All that the tests look at, in one of two processes."""
+def as_launched(rank, folder):
+    """What a launcher tells each of two processes."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = (folder / "port").read_text()
     torch.set_num_threads(1)
+
+
+def start_two(target, folder):
+    """Run a function of (rank, folder) in two processes, and give their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(free.getsockname()[1]))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cdc_models", "conftest"])
+    started = [context.Process(target=target, args=(rank, folder)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in started]
+
+
+def work(rank, folder):
+    """All that the tests look at, in one of two processes."""
+    as_launched(rank, folder)
     try:
         with processes.joined():
             found = {name: training(processes.part(), name) for name in ("coop", "maple", "cdc")}
@@ -157,23 +193,10 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What each of two processes found."""
-    import socket
-
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(free.getsockname()[1]))
     alone = CoOp(make_small_backbone(), CLASSES)
     fit(alone, loader((0, 1)), epochs=3, checkpoint=folder / "alone.safetensors", progress=False)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cdc_models", "conftest"])
-    started = [context.Process(target=work, args=(rank, folder)) for rank in range(2)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
+    start_two(work, folder)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert not any("error" in f for f in found), found
     return found
@@ -214,13 +237,19 @@ def test_a_signal_to_one_stops_both_and_both_go_on_to_the_same_bits(two):
 
 def test_what_is_refused_is_refused_in_both(two):
     for rank in range(2):
-        settings, folder, alone, nothing, part, empty = two[rank]["refusals"]
+        settings, folder, alone, nothing, part, empty, whole, other, repeated = two[rank]["refusals"]
         assert settings[0] == "ValueError" and "same run in all processes; 1 and 0 differ in lr" in settings[1]
         assert folder[0] == ("FileNotFoundError", "FirstFailed")[rank] and "No such file" in folder[1]
         assert alone[0] == CheckpointError.__name__ and "processes: 1 there, 2 here" in alone[1]
         assert nothing[0] == "ValueError" and "gave no batch in epoch 0" in nothing[1]
         assert part[0] == "ValueError" and f"part ({rank}, 2)" in part[1]
         assert empty[0] == "ValueError" and "got none" in empty[1]
+        assert whole == (
+            "ValueError",
+            f"loader: expected part {(rank, 2)} of every batch, as of processes.part(), got part (0, 1)",
+        )
+        assert other[0] == "ValueError" and f"got part {(1 - rank, 2)}" in other[1]
+        assert repeated[0] == "ValueError" and "DistributedSampler" in repeated[1] and "repeats images" in repeated[1]
 
 
 def test_loaders_of_unequal_length_wait_for_nobody(two):
@@ -258,6 +287,94 @@ def test_shares_are_the_batches_of_one_process(count, drop_last):
     assert [list(chain(*turn)) for turn in zip(*shares, strict=True)] == batches((0, 1))
     with pytest.raises(ValueError, match="part: expected"):
         batches((count, count))
+
+
+def left_alone(rank, folder):
+    """A command in which one process dies and the other waits for it, in one of the ways of waiting."""
+    as_launched(rank, folder)
+    sys.stderr = (folder / f"{rank}.err").open("w", buffering=1)
+
+    def command(workers: int = 0) -> None:
+        meet = processes.meeting()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        parameter = torch.nn.Parameter(torch.ones(1))
+        waits = {
+            "meet": meet,
+            "gather": lambda: processes.gather_json(1),
+            "gradients": lambda: processes.sum_gradients([parameter], 1, 0.0, False),
+            "batches": lambda: list(processes.in_step([1], 0)),
+            "share": lambda: processes.share_tensors([torch.ones(1)]),
+        }
+        waits[(folder / "wait").read_text()]()
+
+    COMMANDS["train"] = command
+    main(["train"])
+
+
+@pytest.mark.parametrize("wait", ["meet", "gather", "gradients", "batches", "share"])
+def test_a_process_that_has_lost_the_others_says_so(wait, tmp_path):
+    (tmp_path / "wait").write_text(wait)
+    assert start_two(left_alone, tmp_path) == [1, -signal.SIGKILL]
+    told = (tmp_path / "0.err").read_text()
+    assert told.startswith("cdc: process 0 of 2 has lost the others, which ended or do not answer (")
+    assert told.endswith("); start all again to go on from what is saved\n") and told.count("\n") == 1
+
+
+def test_processes_that_do_not_meet_say_so(cdc_command, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", timedelta(seconds=1))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, value)
+        status, _, err = cdc_command("evaluate", "--data=x")
+    assert status == 1 and "process 1 of 2 has lost the others" in err and "Traceback" not in err
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert cdc_command("evaluate", "--data=x")[::2] == (
+        2, "cdc: WORLD_SIZE: expected a whole number from the launcher, got 'two'\n",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """As the third of four processes on a machine of so many GPUs; gives those that were taken."""
+    taken = []
+
+    def pretend(count):
+        monkeypatch.setattr(processes, "part", lambda: (2, 4))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        return taken
+
+    return pretend
+
+
+def test_each_process_takes_a_gpu_of_its_own(gpus):
+    taken = gpus(4)
+    assert processes.own_device("cuda") == "cuda:2" and taken == [2]
+    assert processes.own_device("cpu") == "cpu" and taken == [2]
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "told"),
+    [
+        ("auto", 3, "device: 4 processes on this machine need a GPU each, it has 3; start fewer, or take cpu"),
+        ("cuda:1", 4, "device: each of 4 processes takes a GPU of its own; expected 'cuda', got 'cuda:1'"),
+    ],
+)
+def test_gpus_that_do_not_suffice_are_one_sentence(device, count, told, gpus, cdc_command, photos):
+    gpus(count)
+    assert cdc_command("evaluate", f"--data={photos}", "--backbone=bundled", f"--device={device}") == (
+        2, "", f"cdc: {told}\n",
+    )  # fmt: skip
+
+
+def test_alone_a_device_is_what_it_is():
+    assert processes.own_device("cuda:1") == "cuda:1" and processes.own_device("cuda") == "cuda"
 
 
 def test_alone_nothing_is_joined(monkeypatch):

@@ -84,11 +84,24 @@ def test_targets_are_still_checked(backbone, coloured, graphs):
         model.loss(coloured[0][:1], torch.tensor([3]))
 
 
-def test_cdc_train_compiles_if_asked(cdc_json, photos, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_and_without_compiling(cdc_json, photos, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(Method, "compile", lambda model, **options: asked.append(options))
     small = [f"--data={photos}", "--backbone=bundled", "--method=coop", "--shots=2", "--epochs=1", "--batch=3"]
-    cdc_json("train", *small, f"--out={tmp_path / 'eager'}")
+    cdc_json("train", *small, f"--out={tmp_path / 'run'}")
     assert asked == []
-    cdc_json("train", *small, "--compile=true", f"--out={tmp_path / 'compiled'}")
+    cdc_json("train", *small, "--compile", f"--out={tmp_path / 'run'}")
     assert asked == [{"fullgraph": True}]
+    cdc_json("train", *small, f"--out={tmp_path / 'run'}")
+    assert asked == [{"fullgraph": True}]
+
+
+def test_a_protocol_compiles_if_asked_and_counts_the_results_as_the_same(cdc_json, photos, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Method, "compile", lambda model, **options: asked.append(options))
+    small = [f"--datasets=[{photos}]", "--backbone=bundled", "--methods=[coop]", "--seeds=[1]", "--shots=1"]
+    arguments = ("protocol", "few-shot", *small, "--epochs=1", "--settings={}", f"--out={tmp_path / 'run'}")
+    cdc_json(*arguments, "--compile")
+    assert asked == [{"fullgraph": True}]
+    cdc_json(*arguments)
+    assert asked == [{"fullgraph": True}] and len((tmp_path / "run/results.jsonl").read_text().splitlines()) == 1
