@@ -1,16 +1,16 @@
 """Argument errors: every public function refuses bad input here, in a sentence that names the argument.
 
 Shapes, dtypes, devices and names are always checked; they cost nothing. *Values* (finite features, targets in
-range) need one reduction over the tensor, and on an accelerator a synchronisation: they are checked by
-default, never while ``torch.compile`` traces or a CUDA graph is captured, and can be switched off with
-:class:`value_checks`.
+range) need one reduction over the tensor, and on an accelerator a synchronisation, which the fused operations make
+once for all their arguments (:class:`Readings`): they are checked by default, never while ``torch.compile`` traces or a
+CUDA graph is captured, and can be switched off with :class:`value_checks`.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
@@ -56,6 +56,25 @@ def _may_read(x: Tensor) -> bool:
     if not _values_checked or torch.compiler.is_compiling() or x.device.type == "meta":
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+class Readings:
+    """Numbers on a device that checks are waiting for, read together: an accelerator is waited for once."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Callable[[float], object]]] = []
+
+    def later(self, value: Tensor, check: Callable[[float], object]) -> None:
+        """Have ``check`` called with the value of a scalar tensor; all of them on one device."""
+        self._waiting.append((value, check))
+
+    def read(self) -> None:
+        """Wait, and check in the order in which checks came."""
+        if self._waiting:
+            values = torch.stack([value for value, _ in self._waiting]).tolist()  # of the widest dtype among them
+            for (_, check), value in zip(self._waiting, values, strict=True):
+                check(value)
+            self._waiting.clear()
 
 
 def came(x: object) -> str:
@@ -193,13 +212,21 @@ def class_indices(x: object, shape: Sequence[int], device: torch.device) -> Tens
     return x.long()
 
 
-def target(x: object, shape: Sequence[int], classes: int, device: torch.device) -> Tensor:
-    """Class indices of the given shape within [0, classes)."""
-    indices = class_indices(x, shape, device)
+def target(
+    x: object, shape: Sequence[int], classes: int, device: torch.device, readings: Readings | None = None
+) -> Tensor:
+    """Class indices of the given shape within [0, classes); read with the others, or without any at once."""
+    indices, mine = class_indices(x, shape, device), readings or Readings()
     if indices.numel() and _may_read(indices):
-        low, high = (int(v) for v in torch.aminmax(indices))
-        if low < 0 or high >= classes:
-            raise ValueError(f"target must hold class indices in [0, {classes}); got values from {low} to {high}")
+
+        def check(wrong: float) -> None:
+            if wrong:
+                low, high = (int(v) for v in torch.aminmax(indices))
+                raise ValueError(f"target must hold class indices in [0, {classes}); got values from {low} to {high}")
+
+        mine.later((indices.clamp(0, classes - 1) != indices).any(), check)
+    if readings is None:
+        mine.read()
     return indices
 
 
@@ -222,33 +249,46 @@ def text_features(name: str, x: object) -> Tensor:
     return x
 
 
-def finite_lengths(name: str, x: Tensor) -> Tensor | None:
-    """``x`` and the lengths of its rows are finite; hands the lengths back (None when nothing was read)."""
+def finite_lengths(name: str, x: Tensor, readings: Readings | None = None) -> Tensor | None:
+    """``x`` and the lengths of its rows are finite; hands the lengths back (None when nothing is read)."""
     if not _may_read(x):
         return None
+    mine = readings or Readings()
     with torch.no_grad():
         dtype = torch.promote_types(x.dtype, torch.float32)
         lengths = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=dtype)
-        if not math.isfinite(lengths.sum().item()):
-            finite(name, x)
-            if long := int(lengths.isinf().sum()):
-                kind = str(dtype).removeprefix("torch.")
-                raise ValueError(
-                    f"{name} must have lengths within {kind}; got {long} whose length overflows in {came(x)}"
-                )
-        return lengths
+
+        def check(total: float) -> None:
+            if not math.isfinite(total):
+                finite(name, x)
+                if long := int(lengths.isinf().sum()):
+                    kind = str(dtype).removeprefix("torch.")
+                    raise ValueError(
+                        f"{name} must have lengths within {kind}; got {long} whose length overflows in {came(x)}"
+                    )
+
+        mine.later(lengths.sum(), check)
+    if readings is None:
+        mine.read()
+    return lengths
 
 
-def products(image: Tensor | None, text: Tensor | None, scale: Tensor) -> None:
-    """Logits of features taken as they are stay within 2^100, told by their lengths (None when nothing was read)."""
+def products(image: Tensor | None, text: Tensor | None, scale: Tensor, readings: Readings) -> None:
+    """Logits of features taken as they are stay within 2^100, told by their lengths (None when nothing is read)."""
     if image is None or text is None or image.numel() == 0:
         return
-    sizes = [float(x.detach().abs().amax()) for x in (image, text, scale)]
-    if not math.prod(sizes) <= LARGEST:
-        raise ValueError(
-            "image and text must have lengths whose product, times scale, is within 2^100 for normalize=False; "
-            "got {:g} and {:g} at the most, and a scale of {:g}".format(*sizes)
-        )
+    sizes = [x.detach().abs().amax() for x in (image, text, scale)]
+
+    def check(size: float) -> None:
+        if not size <= LARGEST:  # or the product of the first two overflows where that of all three does not
+            found = [float(x) for x in sizes]
+            if not math.prod(found) <= LARGEST:
+                raise ValueError(
+                    "image and text must have lengths whose product, times scale, is within 2^100 for normalize=False; "
+                    "got {:g} and {:g} at the most, and a scale of {:g}".format(*found)
+                )
+
+    readings.later(sizes[0] * sizes[1] * sizes[2], check)
 
 
 def features(image: object, text: object) -> tuple[Tensor, Tensor]:
@@ -264,7 +304,14 @@ def features(image: object, text: object) -> tuple[Tensor, Tensor]:
     return image, text
 
 
-def per_prompt(name: str, value: object, prompts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def per_prompt(
+    name: str,
+    value: object,
+    prompts: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    readings: Readings | None = None,
+) -> Tensor:
     """A number, a scalar tensor or one value per prompt, as a tensor [M]; gradients flow through."""
     want = f"a number, a scalar tensor or a tensor of shape [{prompts}], finite and within 2^100"
     if isinstance(value, Tensor):
@@ -272,8 +319,17 @@ def per_prompt(name: str, value: object, prompts: int, dtype: torch.dtype, devic
             raise ValueError(f"{name} must be {want}; got {came(value)}")
         if (value.dim() or value.is_meta) and value.device != device:
             raise ValueError(f"{name} must be on the device of image, {device}; got {came(value)}")
-        if _may_read(value) and not (size := float(value.detach().abs().amax())) <= LARGEST:  # also for nan
-            raise ValueError(f"{name} must be {want}; got a size of {size:g} in {came(value)}")
+        if _may_read(value):
+
+            def check(size: float) -> None:
+                if not size <= LARGEST:  # also for nan
+                    raise ValueError(f"{name} must be {want}; got a size of {size:g} in {came(value)}")
+
+            size = value.detach().abs().amax()
+            if readings is None or value.device != device:
+                check(float(size))
+            else:
+                readings.later(size, check)
         return value.to(device=device, dtype=dtype).expand(prompts)
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(_as_float(value)) <= LARGEST:
         raise ValueError(f"{name} must be {want}; got {came(value)}")

@@ -97,9 +97,11 @@ def evidential_cross_entropy(
     True
     """
     loss = make_loss_form(form, kl_weight, prompt_weight, fused_weight, reduction)
-    problem = make_problem(image, text, scale, bias, activation, rule, prior_weight, normalize)
+    readings = checks.Readings()
+    problem = make_problem(image, text, scale, bias, activation, rule, prior_weight, normalize, readings)
     B, _, K = problem.sizes
-    target = checks.target(target, [B], K, image.device)
+    target = checks.target(target, [B], K, image.device, readings)
+    readings.read()
     with torch.autocast(image.device.type, enabled=False):
         return reduce(choose(backend, problem).evidential_loss(problem, target, loss), reduction)
 

@@ -23,25 +23,34 @@ def make_problem(
     rule: str,
     prior_weight: float | None,
     normalize: bool,
+    readings: checks.Readings | None = None,
 ) -> Problem:
-    """Check the arguments shared by the fused operations and bring them into one form."""
+    """Check the arguments shared by the fused operations and bring them into one form.
+
+    Their values are checked before this returns, or when the ``readings`` of the caller, who has more, are read.
+    """
+    mine = readings or checks.Readings()
     checks.one_of("activation", activation, ACTIVATIONS)
     checks.one_of("rule", rule, RULES)
     image, text = checks.features(image, text)
     dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
     M, K = text.shape[:2]
-    scale = checks.per_prompt("scale", scale, M, dtype, image.device)
-    image_norm, text_norm = checks.finite_lengths("image", image), checks.finite_lengths("text", text)
+    scale = checks.per_prompt("scale", scale, M, dtype, image.device, mine)
+    bias = None if bias is None else checks.per_prompt("bias", bias, M, dtype, image.device, mine)
+    image_norm, text_norm = checks.finite_lengths("image", image, mine), checks.finite_lengths("text", text, mine)
     if not normalize:
-        checks.products(image_norm, text_norm, scale)
+        checks.products(image_norm, text_norm, scale, mine)
+    prior_weight = checks.prior_weight(prior_weight, K)
+    if readings is None:
+        mine.read()
     return Problem(
         image=image,
         text=text,
         scale=scale,
-        bias=None if bias is None else checks.per_prompt("bias", bias, M, dtype, image.device),
+        bias=bias,
         activation=activation,
         rule=rule,
-        prior_weight=checks.prior_weight(prior_weight, K),
+        prior_weight=prior_weight,
         classes=K,
         normalize=bool(normalize),
         dtype=dtype,

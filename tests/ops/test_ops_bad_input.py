@@ -15,6 +15,9 @@ from cdc_ops import (
     EvidentialLoss,
     FrontDoorAggregator,
     Opinion,
+    evidential_cross_entropy,
+    fused_opinion,
+    fused_topk,
 )
 
 B, M, K, D = 3, 2, 4, 5
@@ -383,3 +386,47 @@ def test_value_checks_can_be_switched_off_and_come_back():
     cdc_ops.value_checks(True)
     with pytest.raises(ValueError, match=re.escape("logits must be finite")):
         cdc_ops.evidence_from_logits(torch.tensor(nan))
+
+
+# -- an accelerator is waited for once
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """How often the host reads a tensor's values, for which an accelerator would have to be waited for."""
+    read = []
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
+        ours = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda x, *a, _ours=ours, _name=name: read.append(_name) or _ours(x, *a)
+        )
+    return read
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("operation", ["opinion", "topk", "loss"])
+def test_all_values_are_read_at_once(waits, operation, normalize):
+    image, text, scale, bias = torch.randn(4, 8), torch.randn(2, 5, 8), torch.ones(2), torch.zeros(2)
+    kwargs = {"scale": scale, "bias": bias, "normalize": normalize, "backend": "reference"}
+    call = {
+        "opinion": lambda: fused_opinion(image, text, **kwargs),
+        "topk": lambda: fused_topk(image, text, 2, **kwargs),
+        "loss": lambda: evidential_cross_entropy(image, text, torch.arange(4), **kwargs),
+    }[operation]
+    call()
+    assert waits == ["tolist"]
+    waits.clear()
+    with cdc_ops.value_checks(False):
+        call()
+    assert not waits
+
+
+def test_of_several_wrong_values_the_first_argument_is_named():
+    image, text, target = torch.randn(4, 8), torch.randn(2, 5, 8), torch.tensor([0, 1, 2, 9])
+    with pytest.raises(ValueError, match="target must hold class indices in"):
+        evidential_cross_entropy(image, text, target, scale=torch.ones(2))
+    text[0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="text must be finite"):
+        evidential_cross_entropy(image, text, target, scale=torch.ones(2))
+    with pytest.raises(ValueError, match="scale must be a number"):
+        evidential_cross_entropy(image, text, target, scale=torch.tensor([1.0, math.inf]))
