@@ -50,13 +50,13 @@ EXIT = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; see `EXIT` for how it ends."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    # jsonargparse wants a value for a boolean; a bare switch means yes.
-    switches = _switches(COMMANDS)
-    given = [
-        f"{argument}=true" if argument in switches and after not in ("true", "false") else argument
-        for argument, after in zip_longest(given, given[1:])
-    ]
     try:
+        # jsonargparse wants a value for a boolean; a bare switch means yes.
+        switches = _switches(COMMANDS)
+        given = [
+            f"{argument}=true" if argument in switches and after not in ("true", "false") else argument
+            for argument, after in zip_longest(given, given[1:])
+        ]
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             parsed = _fill(_new("cdc", EXIT), COMMANDS).parse_args(given)
