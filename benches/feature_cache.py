@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import facts
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -75,11 +74,7 @@ def main() -> None:
             "reading the cache": again,
             "training from cached features": from_features,
         },
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": "python " + " ".join(sys.argv),
+        **facts.facts("cpu"),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "result.json").write_text(json.dumps(row, indent=1) + "\n")

@@ -1,4 +1,7 @@
-"""CoOp, MaPLe and CDC's training losses the way the papers' public code computes them, over open_clip's own modules.
+"""CoOp's and MaPLe's training losses the way their public code computes them, over open_clip's own modules; and CDC's.
+
+CDC's own code was not at hand. Its rows are our reading: MaPLe's towers once for each template, the pairwise fusion of
+Trusted Multi-View Classification's public code, and our losses.
 
 The learned prompts come from our modules, so that loss and gradients can be compared; everything that costs time is
 as published: every prompt padded to the full context (77 tokens), every class encoded with a prefix of its own, one
@@ -8,6 +11,7 @@ pass of both towers for each template, pairwise K x K fusion.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import combinations
 
 import torch
@@ -19,29 +23,43 @@ from cdc_models.clip import ClipBackbone
 from cdc_models.methods import CDC, CoOp, MaPLe, Method
 
 
+@lru_cache(maxsize=4)
+def embedded_names(backbone: ClipBackbone, names: tuple[str, ...], n: int) -> tuple[Tensor, Tensor]:
+    """Tokens [K, 77], with room for n context vectors, and their embeddings [K, 77, W]: made once, as published."""
+    tower = getattr(backbone.clip, "text", backbone.clip)
+    tokens = backbone.tokenize([" ".join(["x"] * n + [f"{name}."]) for name in names]).to(backbone.device)
+    with torch.no_grad():
+        return tokens, tower.token_embedding(tokens)
+
+
+def prepare(model: Method) -> None:
+    """What is made once, before training."""
+    embedded_names(model.backbone, model.class_names, model.options["n_ctx"])
+
+
 def text_tower(
     backbone: ClipBackbone,
     names: Sequence[str],
     context: Tensor,
     deep: Tensor | None = None,
     length: int | None = None,
+    some: slice = slice(None),
 ) -> Tensor:
     """Text features [K, D] of context [n, W] and deep prompts [J - 1, n, W], every prompt at full length.
 
-    `length`: every prompt cut to so many tokens; the end of each must be among them.
+    `length`: every prompt cut to so many tokens; the end of each must be among them. `some`: of these names only.
     """
     tower = getattr(backbone.clip, "text", backbone.clip)
     n = len(context)
-    tokens = backbone.tokenize([" ".join(["x"] * n + [f"{name}."]) for name in names])[:, :length].to(backbone.device)
-    mask = tower.attn_mask[:length, :length]
-    embedded = tower.token_embedding(tokens)
-    x = torch.cat([embedded[:, :1], context.expand(len(names), -1, -1), embedded[:, 1 + n :]], dim=1)
+    tokens, embedded = (whole[some, :length] for whole in embedded_names(backbone, tuple(names), n))
+    k, mask = len(tokens), tower.attn_mask[:length, :length]
+    x = torch.cat([embedded[:, :1], context.expand(k, -1, -1), embedded[:, 1 + n :]], dim=1)
     x = x + tower.positional_embedding[:length]
     for i, block in enumerate(tower.transformer.resblocks):
         if deep is not None and 1 <= i <= len(deep):
-            x = torch.cat([x[:, :1], deep[i - 1].expand(len(names), -1, -1), x[:, 1 + n :]], dim=1)
+            x = torch.cat([x[:, :1], deep[i - 1].expand(k, -1, -1), x[:, 1 + n :]], dim=1)
         x = block(x, attn_mask=mask)
-    x = tower.ln_final(x)[torch.arange(len(names), device=x.device), tokens.argmax(dim=1)]
+    x = tower.ln_final(x)[torch.arange(k, device=x.device), tokens.argmax(dim=1)]
     return x @ tower.text_projection
 
 
@@ -79,7 +97,8 @@ def text_in_pieces(model: Method, classes: int) -> Tensor:
     for prompt in text_prompts(model):
         pieces = []
         for start in range(0, len(model.class_names), classes):
-            piece = text_tower(model.backbone, model.class_names[start : start + classes], *prompt)
+            some = slice(start, start + classes)
+            piece = text_tower(model.backbone, model.class_names, *prompt, some=some)
             piece.backward(torch.ones_like(piece))
             pieces.append(piece.detach())
         features.append(torch.cat(pieces))

@@ -14,12 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
-import subprocess
 import sys
 import time
-import zlib
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
@@ -28,11 +25,11 @@ from typing import Any
 import roofline
 import targets
 import torch
+from facts import ROOT, code_version, device_name
 from shapes import SCALE, SHAPES, Inputs, Shape, make_inputs, shape_for
 from timing import launches, peak_memory, ratios, time_interleaved
 from ways import Way, relative_error, truth, ways
 
-ROOT = Path(__file__).parents[1]
 #: Seconds for which one operation of one shape is timed.
 SECONDS = {"cuda": 6.0, "cpu": 10.0, "interpreter": 0.0}
 #: Largest relative error against float64. Baselines in half precision round their logits; our backends do not.
@@ -41,26 +38,6 @@ OUR_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-3}
 OURS = ("reference", "blocked", "triton")
 
 Row = dict[str, Any]
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def code_version() -> str:
-    """The last commit that touched what is measured; "+" and a digest of what the working tree changes."""
-    paths = ["--", "cdc_ops", "kernels/cdc_kernels", ":(glob)benches/*.py"]
-    try:
-        log = ["git", "log", "-1", "--format=%h", *paths]
-        commit = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        status = ["git", "status", "--porcelain", *paths]
-        changed = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        difference = subprocess.run(["git", "diff", "HEAD", *paths], cwd=ROOT, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + (f"+{zlib.crc32(changed.encode() + difference):08x}" if changed else "")
 
 
 def key_of(arguments: argparse.Namespace, dtype: torch.dtype) -> Row:
@@ -209,7 +186,7 @@ def document(rows: list[Row], key: Row, ceilings: dict[str, float], date: str, a
         f"{ceilings['bytes_per_s'] / 1e9:.3g} GB/s.", "",
     ]  # fmt: skip
     if not arguments.tiny and (verdicts := targets.judged(rows, arguments.device)):
-        lines += ["## Targets (design.md section 7)", "", *verdicts, ""]
+        lines += ["## Targets (`benches/targets.py`)", "", *verdicts, ""]
     lines += ["## Measurements", "", "![roofline](roofline.png)", ""]
     for pair in dict.fromkeys((r["shape"], r["operation"]) for r in rows):
         lines += section([r for r in rows if (r["shape"], r["operation"]) == pair], ceilings)

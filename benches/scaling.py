@@ -21,7 +21,8 @@ from typing import Any
 
 import matplotlib
 import torch
-from report import OUR_TOLERANCE, TOLERANCE, code_version, device_name, forget_kept_memory
+from facts import code_version, device_name
+from report import OUR_TOLERANCE, TOLERANCE, forget_kept_memory
 from shapes import Shape, make_inputs
 from timing import peak_memory, time_interleaved
 from ways import (
@@ -165,7 +166,7 @@ def main() -> None:
                 told = "; ".join(f"{n} {w['ms']:.3g} ms, {w['megabytes']:.3g} MB" for n, w in found.items())
                 print(f"  {told}", flush=True)
             rows.append(results.rows[key])
-    heading = f"D=512, around B=256 M=4 K=1000; {at}, {rows[-1]['date']}"
+    heading = f"D=512, around B=256 M=4 K=1000; {at}, code {rows[-1]['commit']}, {rows[-1]['date']}"
     (arguments.out / "table.md").write_text(table(rows, f"{heading}. `{rows[-1]['command']}`"))
     for operation in OPERATIONS:
         plot(rows, operation, arguments.out / f"{operation.replace(' ', '-')}.png", heading)

@@ -1,4 +1,4 @@
-"""What is measured: the shapes S1 to S6 of design.md, the operations on them, their inputs and the work they take."""
+"""What is measured: the shapes S1 to S6, the operations on them, their inputs and the work they take."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def shape_for(name: str, device: str, tiny: bool) -> Shape:
         return replace(small, cut=" (tiny: proves the way, not its speed)")
     if device == "cpu" and name in CPU_DIVISORS:
         b, k = CPU_DIVISORS[name]
-        return replace(shape, B=shape.B // b, K=shape.K // k, cut=f" (B / {b}, K / {k} of design.md's on a CPU)")
+        return replace(shape, B=shape.B // b, K=shape.K // k, cut=f" (on a CPU B / {b}, K / {k})")
     return shape
 
 

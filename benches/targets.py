@@ -1,4 +1,4 @@
-"""The targets of design.md section 7 that the report can judge by its own rows."""
+"""What the fused operations are to reach, as far as the report can judge it by its own rows."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A way takes image, text and target and returns what the operation gives:
 
-- "opinion": log_ratio [B, K], log_partition [B] and prompt_log_partition [B, M] (design.md 4.1);
-- "loss gradients": the evidential cross-entropy of every prompt's and the fused opinion (design.md 4.5, form
+- "opinion": log_ratio [B, K], log_partition [B] and prompt_log_partition [B, M] (docs/mathematics.md, 1);
+- "loss gradients": the evidential cross-entropy of every prompt's and the fused opinion (docs/mathematics.md, 5, form
   "digamma") and its gradients by image and text;
 - "softmax": cross-entropy of one prompt's logits; "softmax gradients": with its gradients.
 

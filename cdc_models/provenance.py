@@ -11,7 +11,7 @@ from pathlib import Path
 import open_clip
 import torch
 
-__all__ = ["git_commit", "library_version", "peak_memory", "versions"]
+__all__ = ["git_commit", "library_version", "peak_memory", "restart_peak_memory", "versions"]
 
 
 def library_version() -> str:
@@ -64,9 +64,32 @@ def peak_memory(device: torch.device | str = "cpu") -> int | None:
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if (own := _high_water()) is not None:
+        return own
     try:
         import resource
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def restart_peak_memory(device: torch.device | str = "cpu") -> bool:
+    """Let `peak_memory` count from what is held now; False where the system cannot, and it goes on as before."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark falls to what is held
+    except OSError:
+        return False
+    return _high_water() is not None
+
+
+def _high_water() -> int | None:
+    """Linux's high-water mark; getrusage's can be that of the process which started this one, and cannot restart."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)

@@ -29,7 +29,8 @@ def fuse_log_ratio(log_ratio: Tensor, dim: int, rule: str = "dempster") -> Tenso
     Raises:
         ValueError: log_ratio negative, not finite or without classes; dim or rule not as above.
 
-    Source: the rules as in :func:`fuse_evidence`; in log ratios Dempster's is ``l_k = sum_m l_mk`` (design.md 4.1).
+    Source: the rules as in :func:`fuse_evidence`; in log ratios Dempster's is
+    ``l_k = sum_m l_mk`` (docs/mathematics.md, 1).
 
     >>> fuse_log_ratio(torch.tensor([[200.0, 0.0], [100.0, 1.0]]), dim=0)  # evidence of e^300: fine
     tensor([300.,   1.])

@@ -42,7 +42,7 @@ class EvidenceHead(nn.Module):
         ValueError: prompts not a positive integer, scale or prior_weight not above 0, values of the wrong number or
             not finite, unknown names; when called, as :func:`fused_opinion`.
 
-    Source: **our reading** (design.md 4.7): the evidence head is part of this library's CDC, not a formula of
+    Source: **our reading** (docs/mathematics.md, 7): the evidence head is part of this library's CDC, not a formula of
     the paper.
 
     >>> head = EvidenceHead(2, scale=10.0, bias=-1.0)

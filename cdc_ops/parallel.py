@@ -23,7 +23,7 @@ nothing is left to be reduced. That image, scale and bias agree in value is not 
 every rank, gather image features and targets first.
 
 Source: operations that are conjugate in forward and backward pass: Shoeybi et al., "Megatron-LM", 2019. Shards of an
-opinion combine by ``Z = 1 + sum_r (Z_r - 1)``: design.md 4.1.
+opinion combine by ``Z = 1 + sum_r (Z_r - 1)``: docs/mathematics.md, 1.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class FusedOpinion:
         prior_weight: ``W``.
         rule: the fusion rule.
 
-    Source: as :func:`fused_opinion`; the log-space form is closed-form Dempster fusion (design.md 4.1).
+    Source: as :func:`fused_opinion`; the log-space form is closed-form Dempster fusion (docs/mathematics.md, 1).
 
     >>> image, text = torch.eye(2), torch.eye(2).expand(3, 2, 2)
     >>> opinion = fused_opinion(image, text, scale=2.0, activation="relu")
@@ -202,7 +202,7 @@ def fused_opinion(
             derivatives.
 
     Source: opinions: Sensoy et al., NeurIPS 2018; Dempster fusion of views: Han et al., ICLR 2021, here in
-    closed form (design.md 4.1). That CDC fuses its prompts this way: Zhang et al., NeurIPS 2024.
+    closed form (docs/mathematics.md, 1). That CDC fuses its prompts this way: Zhang et al., NeurIPS 2024.
 
     >>> image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> text = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 1.0]]])

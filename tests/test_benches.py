@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,15 @@ def test_hardness_is_measured_on_validation_classes(tmp_path, monkeypatch, capsy
             same["new"], abs=0.005
         )
     assert (tmp_path / "table.md").read_text().splitlines()[-1].startswith("| 1.0 |")
+
+
+def test_the_page_lists_every_bench_and_commands_that_exist():
+    page = (ROOT / "benches/README.md").read_text()
+    for file in (ROOT / "benches").glob("*.py"):
+        if "__main__" in file.read_text():
+            assert f"| `python benches/{file.name}" in page, file.name
+    commands = re.findall(r"^python ((?:benches|examples)/\S+\.py) (.*)$", page, re.MULTILINE)
+    assert len(commands) > 10
+    for script, options in commands:
+        code = (ROOT / script).read_text()
+        assert all(f'"{flag}"' in code for flag in re.findall(r"--\w+", options)), script

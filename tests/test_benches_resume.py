@@ -2,6 +2,7 @@
 
 import json
 
+import facts
 import pytest
 import report
 import torch
@@ -28,8 +29,8 @@ def test_other_changes_of_the_code_are_another_version(monkeypatch):
                     command[1]
                 ]
 
-        monkeypatch.setattr(report.subprocess, "run", Run)
-        return report.code_version()
+        monkeypatch.setattr(facts.subprocess, "run", Run)
+        return facts.code_version()
 
     assert git(b"") == "abc1234"
     first, second = git(b"-1\n+2\n"), git(b"-1\n+3\n")

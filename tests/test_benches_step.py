@@ -1,12 +1,16 @@
 """The benches of the training step run end to end on small networks; what is measured in a process of its own, here
 in this one."""
 
+import re
+from pathlib import Path
+
 import compiled_step
 import facts
 import pytest
 import step
 import text_memory
 import text_tower
+import torch
 from imagenet_names import imagenet_names
 
 from cdc_models.methods import Method
@@ -28,15 +32,44 @@ def one_process(monkeypatch):
 
 
 def test_a_step_is_measured_case_by_case_and_goes_on_where_it_stopped(tmp_path, one_process):
-    small = [*TINY, "--batch", "2", "--templates", "1", "4", "--evaluate", "2", "--repeats", "1", "--memory", "0.015"]
+    small = [*TINY, "--batch", "2", "--templates", "1", "4", "--evaluate", "2", "--repeats", "1", "--memory", "0.0168"]
     step.main([*small, "--out", str(tmp_path)])
     assert one_process == ["parity", *["step"] * 8, "evaluation"]
     table = (tmp_path / "table.md").read_text()
-    assert "| CoOp, ours | 0." in table and "classes at a time | " in table
-    assert "| CDC, M = 4, published | left out: would hold about" in table and step.PLAIN in table
+    assert "| CoOp, ours | 0." in table and " classes at a time (all: 0 GB) | " in table
+    assert re.search(r"CDC, M = 1 \de-0[67] \(19 classes\)", table)  # what the comparison found
+    assert (
+        "| CDC, M = 4, published | left out: would hold 0 GB with 10 classes at a time" in table and step.PLAIN in table
+    )
     assert (tmp_path / "steps.png").stat().st_size > 10_000
     step.main([*small, "--out", str(tmp_path)])
     assert one_process[10:] == ["step"] * 2  # those that were left out
+    one_process.clear()
+    step.main([*small, "--methods", "CDC", "--templates", "1", "--ways", "ours", "--out", str(tmp_path)])
+    assert one_process == ["parity"]  # of this one method; its step is there
+    assert (tmp_path / "table.md").read_text().count("| CDC, M = 1, ours |") == 1
+
+
+def test_rows_of_other_code_or_threads_are_measured_again(tmp_path, one_process, monkeypatch):
+    one = [*TINY, "--batch=2", "--methods=CoOp", "--ways=ours", "--evaluate=0", "--repeats=1", f"--out={tmp_path}"]
+    step.main(one)
+    monkeypatch.setattr(facts, "code_version", lambda measured: "another")
+    step.main(one)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    step.main(one)
+    assert one_process == ["parity", "step"] * 3
+    assert "77 threads" in (table := (tmp_path / "table.md").read_text()) and "code another" in table
+
+
+def test_a_peak_counts_what_the_call_holds_and_nothing_earlier(monkeypatch):
+    before = torch.ones(50_000_000)  # 200 MB
+    del before
+    _, found = facts.with_peak(lambda: torch.ones(10_000_000).sum().item(), "cpu")
+    restartable = Path("/proc/self/clear_refs").exists()
+    assert found["at_least"] is not restartable
+    assert not restartable or 39e6 < found["bytes"] < 60e6  # the kernel counts in steps of some pages
+    monkeypatch.setattr(facts.provenance, "restart_peak_memory", lambda device: False)
+    assert facts.with_peak(lambda: None, "cpu")[1]["at_least"] is True
 
 
 def test_pieces_of_the_published_way_do_the_same_work(bundled):
@@ -55,8 +88,9 @@ def test_the_text_tower_is_compared_and_timed(tmp_path, capsys, monkeypatch):
     text_tower.main(small)
     table = (tmp_path / "table.md").read_text()
     assert all(f"| {way} |" in table for way in ("77 tokens", "truncated", "shared prefix", "packed"))
+    assert table.count("e-07 |") >= 3  # what the comparison found
     right = text_tower.encode_prompted_text
-    monkeypatch.setattr(text_tower, "encode_prompted_text", lambda *given, **more: right(*given, **more) * 1.001)
+    monkeypatch.setattr(text_tower, "encode_prompted_text", lambda *given, **more: right(*given, **more) * 1.0001)
     with pytest.raises(AssertionError, match="shared prefix: off by"):
         text_tower.main(small)
 
@@ -73,8 +107,14 @@ def test_memory_by_chunk(tmp_path, monkeypatch):
 
 def test_what_compiling_saves(tmp_path, monkeypatch):
     monkeypatch.setattr(Method, "compile", lambda self, **_: None)  # minutes on two cores
-    compiled_step.main([*TINY, "--batch", "2", "--seconds", "0", "--out", str(tmp_path)])
+    small = [*TINY, "--batch", "2", "--seconds", "0", "--out", str(tmp_path)]
+    compiled_step.main([*small, "--methods", "CDC"])
+    assert (tmp_path / "table.md").read_text().count("| bundled |") == 1
+    compiled_step.main(small)
     assert (tmp_path / "table.md").read_text().count("| bundled |") == 3
+    monkeypatch.setattr(facts, "code_version", lambda measured: "another")
+    compiled_step.main([*small, "--methods", "CoOp"])
+    assert (tmp_path / "table.md").read_text().count("| bundled |") == 1  # no rows of other code beside it
 
 
 def test_a_thousand_names_are_all_different():

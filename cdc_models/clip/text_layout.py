@@ -1,4 +1,4 @@
-"""Where every token of a batch of prompts lies when nothing is encoded twice and no padding is (design.md 4.6).
+"""Where every token of a batch of prompts lies: nothing encoded twice, no padding (docs/mathematics.md, 6).
 
 A prompt is [SOS][v_1..v_n][class tokens . EOT]. The packed sequence holds, once per template, the prefix that all
 classes share, then the rest of every class, classes sorted by length. Classes of one length form a rectangle, so

@@ -1,4 +1,4 @@
-"""CLIP's text tower with learned prompts, shallow and deep, without waste (design.md 4.6)."""
+"""CLIP's text tower with learned prompts, shallow and deep, without waste (docs/mathematics.md, 6)."""
 
 from __future__ import annotations
 

@@ -2,10 +2,11 @@
 
 Fusion is elementwise in the class, and everything else an opinion or its loss needs are row sums, so a block
 of logits can be made, folded into the fused block and into its row's sums, and overwritten by the next
-prompt's. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is two to five blocks
-forward, M + 5 or so backward, a dozen more with the KL term; the more a pass holds at once, the fewer classes a block
-gets: all of them together stay below [B, M, K], those of fused_topk below [B, K] (as long as K is a few hundred, so
-that K numbers are more than the row sums of an image).
+prompt's. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is two or three blocks
+forward, up to three more in log space or for an activation, and M + 8 backward; 4 more for squares, 17 for the KL term.
+The more a pass holds at once, the fewer classes a block gets: all of them together stay below [B, M, K], those of
+fused_topk below [B, K] (as long as K is a few hundred, so that K numbers are more than the row sums of an image, and
+but for the KL term of one prompt, whose blocks of 64 classes may hold more).
 
 Speed on a CPU comes from three things. A block stays in the cache between the matrix product and its
 epilogue. Prompts are multiplied together in linear space, one ``exp`` for each logit and one ``log1p`` for each class

@@ -95,7 +95,7 @@ def table() -> dict[str, tuple[float, float]]:
     return {step: (each(step), each(step, "MUFU")) for step in STEPS[1:]}
 
 
-#: The shapes of design.md section 7: B, M, K, D.
+#: The shapes of benches/shapes.py: B, M, K, D.
 SHAPES = {
     "S1": (256, 4, 1000, 512),
     "S2": (1024, 4, 21841, 512),

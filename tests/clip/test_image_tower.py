@@ -74,16 +74,17 @@ def test_any_number_of_prompts_matches_the_long_way(b, m, n, start, j, per_promp
 @pytest.mark.parametrize("start", [0, 2])
 def test_what_no_prompt_has_touched_is_computed_once(start, monkeypatch):
     backbone = small_backbone()
-    sizes = []
+    sizes, embedded = [], []
 
     def counted(block, x, *rest):
         sizes.append(len(x))
         return run_block(block, x, *rest)
 
     monkeypatch.setattr(image_tower, "run_block", counted)
+    backbone.clip.visual.conv1.register_forward_hook(lambda module, given, patches: embedded.append(len(patches)))
     images, context = draw((2, 3, SIZE, SIZE)), draw((4, 2, WIDTH)).requires_grad_()
     encode_prompted_image(backbone, images, context, start=start)
-    assert sizes == [2] * start + [2 * 4] * (backbone.image_depth - start)
+    assert embedded == [2] and sizes == [2] * start + [2 * 4] * (backbone.image_depth - start)
 
 
 def test_gradients_reach_images_that_ask_for_them():

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tower_reference import CONTEXT_LENGTH, FRAMES, TEXT, VARIANTS, assert_close, full_text, small_backbone, small_clip
 
 from cdc_models import CDC, CoOp, MaPLe
-from cdc_models.clip import UnsupportedBackboneError, encode_prompted_text, tokenize_classes
+from cdc_models.clip import UnsupportedBackboneError, encode_prompted_text, text_tower, tokenize_classes
 from cdc_models.clip.anatomy import text_parts
+from cdc_models.clip.blocks import run_block
 from cdc_models.clip.text_layout import _rectangles, text_layout
 
 NAMES = ["cat", "fire engine", "x ray of an unusually large aeroplane", "dog"]
@@ -201,6 +202,24 @@ def test_only_real_tokens_are_encoded_and_the_prefix_once(monkeypatch):
     layout = text_layout(*common)
     assert layout.tokens.numel() == 1 + 4 + sum(length + 1 for length in classes.token_lengths)
     assert text_layout(*common) is layout  # worked out once
+
+
+@pytest.mark.parametrize(("variant", "shares"), [("flat", True), ("bidirectional", False)])
+def test_all_templates_and_classes_go_through_a_block_at_once(variant, shares, monkeypatch):
+    monkeypatch.setattr("cdc_models.clip.text_layout.SLACK_CPU", 0)
+    backbone, seen = small_backbone(variant), []
+
+    def counted(block, x, *rest, **more):
+        seen.append(tuple(x.shape[:2]))
+        return run_block(block, x, *rest, **more)
+
+    monkeypatch.setattr(text_tower, "run_block", counted)
+    classes = tokenize_classes(backbone, NAMES)
+    context, deep = prompts(backbone, m=4, n=2, j=3)
+    encode_prompted_text(backbone, classes, context, deep=deep)
+    packed = 1 + 2 + sum(length + 1 for length in classes.token_lengths)
+    tokens = packed if shares else len(NAMES) * CONTEXT_LENGTH  # the full path
+    assert seen == [(4, tokens)] * backbone.text_depth
 
 
 def test_rectangles_join_only_while_padding_is_cheap():

@@ -134,6 +134,22 @@ def test_text_features_are_reused_until_a_parameter_changes(backbone, monkeypatc
     assert not torch.equal(model.cached_text_features(), first) and len(calls) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [({"image_prompts": False}, [5, 5, 5]), ({"image_start": 2, "depth": 1}, [5, 5, 20]), ({}, [20, 20, 20])],
+    ids=["none", "late", "everywhere"],
+)
+def test_evaluation_passes_images_once_where_no_template_has_touched_them(options, passes, backbone, images):
+    """Images in each of the three blocks, by the norm that both open_clip's blocks and ours go through."""
+    model, seen = build("cdc", backbone, **options), []
+    blocks = backbone.clip.visual.transformer.resblocks
+    hooks = [block.ln_1.register_forward_hook(lambda module, given, x: seen.append(len(x))) for block in blocks]
+    model.predict(images)
+    for hook in hooks:
+        hook.remove()
+    assert seen == passes
+
+
 def test_zero_shot_is_open_clips_own(backbone, images):
     clip, tokens = backbone.clip, backbone.tokenize([f"a photo of a {c}." for c in CLASSES])
     logits = (

@@ -80,6 +80,17 @@ def test_training_takes_the_published_path_on_synthetic_views():
     assert_trains_as_published(six_synthetic_views(), epochs=8, learning_rate=0.05, annealing=6, batch=50)
 
 
+@pytest.mark.parametrize(("more", "told"), [([], True), (["--epochs", "3"], False), (["--lr", "0.003"], False)])
+def test_the_conclusion_stands_under_the_run_it_belongs_to_only(more, told, monkeypatch, capsys):
+    monkeypatch.setattr(tmc, "read_views", lambda path: six_synthetic_views())
+    monkeypatch.setattr(tmc, "accuracy", lambda *_, **__: 98.0)
+    seeds = ["--seeds", *map(str, range(1, 11))]
+    monkeypatch.setattr("sys.argv", ["tmc_handwritten.py", "--data", __file__, *seeds, *more])
+    tmc.main()
+    out = capsys.readouterr().out
+    assert "| the paper | | 98.51 +- 0.15 |" in out and ("What differs" in out) is told
+
+
 @needs_data
 def test_reads_and_scales_the_data():
     train_views, train_target, test_views, test_target = tmc.read_views(DATA)
