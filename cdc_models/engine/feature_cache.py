@@ -30,7 +30,7 @@ from cdc_models.seeds import check_seed
 
 __all__ = ["CachedFeatures", "FeatureLoader", "cache_features"]
 
-FORMAT = 1
+FORMAT = 2
 
 Shard = tuple[dict[str, Tensor], list[SkippedImage]]
 """Features and the places of their images in the list; and the images left out."""
@@ -113,9 +113,11 @@ def cache_features(
 
     One safetensors file holds a shard of images under one draw. Its name is a hash of everything that its content
     follows from: the backbone's weights and dtype, the method's views, the transform as it prints itself, seed and
-    draw, and of each image the path, size and time of last change. So a file of anything else is never found, let
-    alone used; one that is damaged is noticed by its own hash and computed again. Delete the folder to get its space
-    back.
+    draw, and of each image the path, size and times of last change, of the content and of the file itself; the second
+    cannot be set back, so that a file put in another's place is noticed whatever it claims. Copied images, and those
+    whose owner or mode has changed, are computed again, and so is what older versions of this library have left. So a
+    file of anything else is never found, let alone used; one that is damaged is noticed by its own hash and computed
+    again. Delete the folder to get its space back.
 
     Args:
         model: a method whose image side does not learn (ZeroShot, CoOp, CDC without image prompts).
@@ -197,9 +199,9 @@ def _key(model: Method, images: ImageList, rows: Sequence[int], seed: int, draw:
     for row in rows:
         try:
             stat = os.stat(images.path(row))
-            files.append([images.paths[row], stat.st_size, stat.st_mtime_ns])
+            files.append([images.paths[row], stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
         except OSError:
-            files.append([images.paths[row], None, None])
+            files.append([images.paths[row], None, None, None])
     views = None if model.views is None else model.views.names
     encoder = [model.backbone.fingerprint, str(model.backbone.dtype), views]
     facts = [FORMAT, encoder, repr(images.transform), images.orient, seed, draw, rows[0], str(images.root), files]
