@@ -65,6 +65,7 @@ class FeatureLoader:
     """Batches (features [B, D] or [B, M, D], targets [B]) for `fit`: shuffled, each image under one of its V draws.
 
     Order and draws follow from the state of `generator`, so that checkpoints of `fit` resume to the same bits.
+    `drop_last` leaves out a last batch that is not full, unless it is the only one, as in `ImageLoader`.
 
     Raises:
         ValueError: for what `cache_features` did not give, a batch size below 1, or what is no seed.
@@ -75,16 +76,18 @@ class FeatureLoader:
         [(3, 8), (2, 8)]
     """
 
-    def __init__(self, cached: CachedFeatures, batch_size: int, seed: int) -> None:
+    def __init__(self, cached: CachedFeatures, batch_size: int, seed: int, *, drop_last: bool = False) -> None:
         if not isinstance(cached, CachedFeatures):
             raise ValueError(f"cached: expected what cache_features gives, got {type(cached).__name__}")
         check_count("batch_size", batch_size)
         check_seed(seed)
-        self.cached, self.batch_size = cached, batch_size
+        self.cached, self.batch_size, self.report = cached, batch_size, cached.report
+        self.drop_last = drop_last and len(cached.targets) >= batch_size
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        return -(-len(self.cached.targets) // self.batch_size)
+        images = len(self.cached.targets)
+        return images // self.batch_size if self.drop_last else -(-images // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         draws, images = self.cached.image.shape[:2]
@@ -93,7 +96,7 @@ class FeatureLoader:
         return self._batches(order, draw)
 
     def _batches(self, order: Tensor, draw: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in order.split(self.batch_size):
+        for rows in order.split(self.batch_size)[: len(self)]:
             yield self.cached.image[draw[rows], rows], self.cached.targets[rows]
 
 
