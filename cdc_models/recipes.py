@@ -12,6 +12,7 @@ import torch
 
 from cdc_models import processes
 from cdc_models.clip import ClipBackbone
+from cdc_models.clip.checks import check_count
 from cdc_models.data import (
     ImageDataset,
     ImageList,
@@ -21,10 +22,22 @@ from cdc_models.data import (
     test_transform,
     train_transform,
 )
-from cdc_models.engine import FitResult, fit
+from cdc_models.engine import CachedFeatures, FeatureLoader, FitResult, cache_features, fit
 from cdc_models.methods import METHODS, Method, ZeroShot
 
-__all__ = ["Recipe", "Training", "build", "on_dataset", "reader", "recipe", "recipes_of", "report_of", "train_on"]
+__all__ = [
+    "Recipe",
+    "Training",
+    "build",
+    "cached_training",
+    "check_cached",
+    "on_dataset",
+    "reader",
+    "recipe",
+    "recipes_of",
+    "report_of",
+    "train_on",
+]
 
 
 @dataclass(frozen=True)
@@ -137,10 +150,60 @@ def reader(images: ImageList, backbone: ClipBackbone, batch: int, workers: int) 
     )
 
 
-def report_of(loader: ImageLoader) -> ImageReport:
-    """What a loader of `reader` has skipped; of several processes, what all have."""
+def report_of(loader: ImageLoader | FeatureLoader) -> ImageReport:
+    """What a loader has skipped; of several processes, what all have."""
     skipped = processes.gather_json([asdict(image) for image in loader.report.skipped])
     return ImageReport(loader.report.total, [SkippedImage(**image) for each in skipped for image in each])
+
+
+def check_cached(model: Method, draws: int) -> None:
+    """Raise ValueError unless a method can be trained on image features that are computed once."""
+    if not model.frozen_image:
+        raise ValueError(
+            f"feature_cache: {model.name} with these options learns on its image side, which changes the features of "
+            "images at every step; leave feature_cache out, or take a method that learns on texts alone, such as coop"
+        )
+    check_count("feature_draws", draws)
+    if (count := processes.part()[1]) > 1:
+        raise ValueError(f"feature_cache: training on cached features is the work of one process, got {count}")
+
+
+def cached_training(
+    model: Method,
+    data: ImageDataset,
+    training: Training,
+    folder: Path,
+    *,
+    draws: int,
+    seed: int,
+    batch: int,
+    workers: int = 0,
+    progress: bool = True,
+) -> CachedFeatures:
+    """Features of the training images under so many random crops and flips, from a folder where they are there already.
+
+    Raises:
+        ValueError: for a method that learns on its image side, several processes, or no training images.
+    """
+    check_cached(model, draws)
+    return cache_features(
+        model,
+        _training_images(model, data, training),
+        folder,
+        draws=draws,
+        seed=seed,
+        batch_size=batch,
+        num_workers=workers,
+        progress=progress,
+    )
+
+
+def _training_images(model: Method, data: ImageDataset, training: Training) -> ImageList:
+    if not len(data.train):
+        raise ValueError(f"data: {data.name} has no training images")
+    if not 0 < training.crop <= 1:
+        raise ValueError(f"crop: expected an area in (0, 1], got {training.crop}")
+    return data.train.with_transform(train_transform(model.backbone, scale=(training.crop, 1.0)))
 
 
 def train_on(
@@ -153,6 +216,7 @@ def train_on(
     checkpoint: Path | None = None,
     checkpoint_every: int = 0,
     compile: bool = False,
+    cached: CachedFeatures | None = None,
     progress: bool = True,
 ) -> tuple[FitResult, ImageReport]:
     """Train a method on the training images of a dataset, as published: shuffled, cropped, flipped, whole batches.
@@ -162,6 +226,7 @@ def train_on(
     Args:
         model, data, training: what is trained on what, and how.
         seed: of order, crops and flips. compile: run the step through torch.compile.
+        cached: from `cached_training`: what is trained on instead of the images.
         workers, checkpoint, checkpoint_every, progress: as the arguments of `ImageLoader` and `fit`.
 
     Returns:
@@ -170,20 +235,20 @@ def train_on(
     Raises:
         ValueError: for a dataset without training images; and what `fit` raises.
     """
-    if not len(data.train):
-        raise ValueError(f"data: {data.name} has no training images")
-    if not 0 < training.crop <= 1:
-        raise ValueError(f"crop: expected an area in (0, 1], got {training.crop}")
-    transform = train_transform(model.backbone, scale=(training.crop, 1.0))
-    loader = ImageLoader(
-        data.train.with_transform(transform),
-        training.batch,
-        seed=seed,
-        num_workers=workers,
-        drop_last=True,
-        pin_memory=model.backbone.device.type == "cuda",
-        part=processes.part(),
-    )
+    images = _training_images(model, data, training)
+    loader: ImageLoader | FeatureLoader
+    if cached is not None:
+        loader = FeatureLoader(cached, training.batch, seed, drop_last=True)
+    else:
+        loader = ImageLoader(
+            images,
+            training.batch,
+            seed=seed,
+            num_workers=workers,
+            drop_last=True,
+            pin_memory=model.backbone.device.type == "cuda",
+            part=processes.part(),
+        )
     if compile:
         model.compile(fullgraph=True)
     result = fit(

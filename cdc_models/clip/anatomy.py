@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from open_clip.transformer import (
@@ -24,6 +24,30 @@ OpenClip = Any
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Which tokens of a text a tower sees, and where it is read.
+
+    causal: no token sees a later one.
+    at: the token that is read: the end of the text, or the first or last of the whole length, padding and all; None:
+        all of them.
+    hidden: the id of padding that no token sees; None: padding is seen like everything else.
+    appended: a class embedding stands behind the whole length and is read (CoCa).
+    shifted: what is hidden lies one token too far to the right, as the published CoCa weights were trained.
+    """
+
+    causal: bool
+    at: Literal["end", "first", "last"] | None
+    hidden: int | None
+    appended: bool
+    shifted: bool
+
+    @property
+    def only_up_to_the_end(self) -> bool:
+        """Whether nothing behind the end of the text matters, nor anything to what stands before it."""
+        return self.causal and self.at == "end"
+
+
+@dataclass(frozen=True)
 class TextParts:
     """The parts of a text tower, the same for open_clip's flat CLIP and for its classes with a `.text` module."""
 
@@ -32,9 +56,9 @@ class TextParts:
     blocks: Sequence[OpenClip]
     ln_final: nn.Module
     projection: Tensor | nn.Linear | None
-    causal: bool
-    pool_type: str
-    eos_id: int | None
+    class_embedding: Tensor | None  # [W], where a tower appends one
+    reading: Reading
+    eos_id: int | None  # the id that a tower looks for to find the end, where it does
 
     @property
     def width(self) -> int:
@@ -66,15 +90,28 @@ def text_parts(clip: OpenClip) -> TextParts | None:
     flat = tower is clip
     if flat and not hasattr(clip, "token_embedding"):
         return None
+    pool_type = tower.text_pool_type if flat else tower.pool_type
+    appended = getattr(tower, "cls_emb", None)
+    if appended is not None:
+        pool_type = "last"
+    hides = appended is not None or getattr(tower, "use_pad_mask", False)
+    places: dict[str, Literal["end", "first", "last"]]
+    places = {"argmax": "end", "eos": "end", "first": "first", "last": "last"}
     return TextParts(
         token_embedding=tower.token_embedding,
         positional_embedding=tower.positional_embedding,
         blocks=tower.transformer.resblocks,
         ln_final=tower.ln_final,
         projection=tower.text_projection,
-        causal=tower.attn_mask is not None,
-        pool_type=tower.text_pool_type if flat else tower.pool_type,
-        eos_id=tower.text_eos_id if flat else tower.eos_id,
+        class_embedding=appended,
+        reading=Reading(
+            causal=tower.attn_mask is not None,
+            at=places.get(pool_type),
+            hidden=tower.pad_id if hides else None,
+            appended=appended is not None,
+            shifted=appended is not None and not tower.correct_cls_mask,
+        ),
+        eos_id=(tower.text_eos_id if flat else tower.eos_id) if pool_type == "eos" else None,
     )
 
 
@@ -97,13 +134,10 @@ def text_obstacle(clip: OpenClip) -> str | None:
     parts = text_parts(clip)
     if parts is None:
         return f"it is a {type(getattr(clip, 'text', clip)).__name__}, not one of open_clip's own text transformers"
-    tower = getattr(clip, "text", clip)
-    if getattr(tower, "cls_emb", None) is not None:
-        return "it reads an appended class token instead of the end-of-text token (CoCa)"
-    if parts.pool_type not in ("argmax", "eos"):
-        return f"it pools by {parts.pool_type!r} instead of reading the end-of-text token"
-    if getattr(tower, "use_pad_mask", False):
-        return "it is bidirectional with a padding mask"
+    if parts.reading.at is None:
+        return "it returns tokens instead of one feature"
+    if parts.reading.causal and parts.reading.at == "first":
+        return "it reads the first token, which sees nothing of the name behind it"
     return block_obstacle(parts.blocks)
 
 

@@ -86,29 +86,37 @@ class ClipBackbone(nn.Module):
         """Tokens in a text, start, end and padding among them."""
         return int(self.clip.context_length)
 
-    @property
-    def sot_id(self) -> int:
-        """Id of the start-of-text token."""
-        return self._special_id("sot_token_id", "bos_token_id")
+    @cached_property
+    def text_frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the tokenizer puts around the words of a text: ids before them, and behind them the end, then padding.
+
+        Seen in what it makes of a short text. There may be nothing before the words (SigLIP).
+        """
+        try:
+            words = self.encode_words("a")
+            row = self.tokenizer(["a"], context_length=self.context_length)[0].tolist()
+        except (AttributeError, TypeError) as error:
+            raise UnsupportedBackboneError(
+                f"the tokenizer of {self.name} is not like open_clip's ({error}): {self.name} takes no prompts"
+            ) from error
+        found = [at for at in range(len(row)) if row[at : at + len(words)] == words]
+        start, tail = (tuple(row[: found[0]]), tuple(row[found[0] + len(words) :])) if found and words else ((), ())
+        if not tail or len(set(tail[1:])) > 1:
+            raise UnsupportedBackboneError(
+                f"the tokenizer of {self.name} does not put an end and padding behind the words of a text: "
+                f"{self.name} takes no prompts"
+            )
+        return start, tail
 
     @property
     def eot_id(self) -> int:
-        """Id of the end-of-text token."""
-        return self._special_id("eot_token_id", "eos_token_id")
+        """Id of the token that ends a text."""
+        return self.text_frame[1][0]
 
     @property
-    def pad_id(self) -> int:
-        """Id that fills a text up to the context length."""
-        inner = getattr(self.tokenizer, "tokenizer", None)
-        return 0 if inner is None else int(inner.pad_token_id)
-
-    def _special_id(self, ours: str, hugging_face: str) -> int:
-        value = getattr(self.tokenizer, ours, None)
-        if value is None:
-            value = getattr(getattr(self.tokenizer, "tokenizer", None), hugging_face, None)
-        if value is None:
-            raise UnsupportedBackboneError(f"the tokenizer of {self.name} has no {ours}: {self.name} takes no prompts")
-        return int(value)
+    def text_room(self) -> int:
+        """Tokens that a prompt has between start and end."""
+        return self.context_length - len(self.text_frame[0]) - 1
 
     def encode_words(self, text: str) -> list[int]:
         """Token ids of a text, without start, end and padding."""
@@ -146,7 +154,7 @@ class ClipBackbone(nn.Module):
         """Raise UnsupportedBackboneError, saying why, unless `encode_prompted_text` works with this backbone."""
         self._require("text", self._text_obstacle)
         parts = text_parts(self.clip)
-        if parts is not None and parts.pool_type == "eos" and parts.eos_id != self.eot_id:
+        if parts is not None and parts.eos_id is not None and parts.eos_id != self.eot_id:
             self._require("text", f"it pools at token {parts.eos_id}, its tokenizer ends with {self.eot_id}")
 
     # -- images --------------------------------------------------------------------------------------------------

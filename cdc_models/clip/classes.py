@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdc_models.clip.anatomy import text_parts
 from cdc_models.clip.backbone import ClipBackbone, check_backbone
 
 
@@ -39,13 +40,13 @@ class ClassTokens:
         """`lengths` as ints."""
         return tuple(len(row) for row in self.rows)
 
-    def require_room(self, context_length: int, n: int, argument: str) -> None:
-        """Raise ValueError, naming `argument`, unless every class fits with start, n context vectors and end."""
-        room = context_length - 2 - n
+    def require_room(self, tokens: int, n: int, argument: str) -> None:
+        """Raise ValueError, naming `argument`, unless every class and n context vectors fit into so many tokens."""
+        room = tokens - n
         if long := [name for name, length in zip(self.names, self.token_lengths, strict=True) if length > room]:
             raise ValueError(
-                f"{argument}: {long} do not fit: start, {n} context vectors and end leave {room} of "
-                f"{context_length} tokens"
+                f"{argument}: {long} do not fit: {n} context vectors leave {room} of the {tokens} tokens between start "
+                "and end"
             )
 
     def chunks(self, size: int) -> tuple[tuple[tuple[list[int], ClassTokens], ...], list[int]]:
@@ -134,18 +135,21 @@ def tokenize_classes(backbone: ClipBackbone, names: Sequence[str], template: str
     names = check_names(names)
     check_template("template", template)
     texts = [words_of(name) for name in names]
+    room = backbone.text_room
 
     head = template.split("{}")[0]
     rows = [backbone.encode_words(template.replace("{}", text)) for text in texts]
     check_distinct(names, rows)
-    room = backbone.context_length - 2
     if long := [f"{name!r:.80} ({len(row)})" for name, row in zip(names, rows, strict=True) if len(row) > room]:
         raise ValueError(
             f"names: too long for a context of {backbone.context_length} tokens, start and end among them: "
             f"{', '.join(long[:10])}{', ...' if len(long) > 10 else ''}"
         )
+    parts = text_parts(backbone.clip)
+    assert parts is not None  # promptable
     end = backbone.eot_id  # pooling looks for it, or for the largest id, which it is meant to be
-    if early := [name for name, row in zip(names, rows, strict=True) if end in row or max(row, default=0) > end]:
+    looks = parts.reading.at == "end"
+    if early := [n for n, row in zip(names, rows, strict=True) if looks and (end in row or max(row, default=0) > end)]:
         raise ValueError(f"names: the tower would take a token of {early} (in {template!r}) for the end of the text")
 
     lengths = tuple(len(row) for row in rows)

@@ -2,7 +2,8 @@
 
 A prompt is [SOS][v_1..v_n][class tokens . EOT]. The packed sequence holds, once per template, the prefix that all
 classes share, then the rest of every class, classes sorted by length. Classes of one length form a rectangle, so
-attention needs no index arithmetic and the linear layers see real tokens only.
+attention needs no index arithmetic and the linear layers see real tokens only. Towers in which padding matters are
+given every prompt at full length, nothing shared.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cdc_models.clip.anatomy import Reading
 from cdc_models.clip.blocks import attention
 from cdc_models.clip.classes import ClassTokens
 
@@ -30,8 +32,9 @@ class Group:
 
     count: int
     width: int
-    mask: Tensor | None  # [width, prefix + width] bool: which keys (prefix first) a query may see
-    end_mask: Tensor | None  # [count, 1, 1, prefix + width] bool for the queries at EOT; None: all keys
+    mask: Tensor | None  # bool, which keys (prefix first) a query may see: [width, prefix + width], or
+    # [count, 1, width, prefix + width] where classes differ; None: all keys
+    end_mask: Tensor | None  # [count, 1, 1, prefix + width] bool for the queries that are read; None: all keys
 
     def rows(self, x: Tensor) -> Tensor:
         """[M, count * width, ...] -> [M * count, width, ...]."""
@@ -53,7 +56,7 @@ class Layout:
     tokens, positions: [S] long, token id (0 at context slots) and position in the prompt.
     context_index: [S] long, row of the flattened context [K * n], -1 at ordinary tokens; None where the whole
         context is shared and lies in the prefix.
-    ends: [K] long, slot of each class's EOT, in sorted order; restore: [K] long, sorted place of class k.
+    ends: [K] long, slot where each class is read (its EOT), in sorted order; restore: [K] long, sorted place of k.
     """
 
     n: int
@@ -71,7 +74,7 @@ class Layout:
             return x
         context = context.to(x.dtype)
         if self.context_index is None:
-            return torch.cat([x[:, :1], context, x[:, 1 + self.n :]], dim=1)
+            return torch.cat([x[:, : self.prefix - self.n], context, x[:, self.prefix :]], dim=1)
         if context.ndim == 3:  # a row per class, so that the gradient is a sum over classes and not a scatter
             context = context[:, None].expand(-1, self.restore.numel(), -1, -1)
         rows = context.flatten(1, 2).index_select(1, self.context_index.clamp(min=0))
@@ -83,7 +86,7 @@ class Layout:
         out = [attention(q_prefix, k_prefix, v_prefix, causal=True)] if self.prefix else []
         for group, qs, ks, vs in zip(self.groups, queries, keys, values, strict=True):
             ks, vs = group.behind(k_prefix, ks), group.behind(v_prefix, vs)
-            rows = attention(group.rows(qs), ks, vs, mask=group.mask)
+            rows = attention(group.rows(qs), ks, vs, mask=_per_prompt(group.mask, q.size(0)))
             out.append(rows.unflatten(0, (-1, group.count)).flatten(1, 2))
         return torch.cat(out, dim=1)
 
@@ -94,8 +97,7 @@ class Layout:
         out = []
         for group, qs, ks, vs in zip(self.groups, queries, keys, values, strict=True):
             ks, vs = group.behind(k_prefix, ks), group.behind(v_prefix, vs)
-            mask = None if group.end_mask is None else group.end_mask.repeat(q.size(0), 1, 1, 1)
-            rows = attention(qs.flatten(0, 1).unsqueeze(1), ks, vs, mask=mask)
+            rows = attention(qs.flatten(0, 1).unsqueeze(1), ks, vs, mask=_per_prompt(group.end_mask, q.size(0)))
             out.append(rows.squeeze(1).unflatten(0, (-1, group.count)))
         return torch.cat(out, dim=1)
 
@@ -104,22 +106,27 @@ class Layout:
         return x.split([self.prefix, *(group.count * group.width for group in self.groups)], dim=1)
 
 
+def _per_prompt(mask: Tensor | None, m: int) -> Tensor | None:
+    """A mask of each class, for the rows of m templates."""
+    return mask if mask is None or mask.ndim == 2 else mask.repeat(m, 1, 1, 1)
+
+
 def text_layout(
     classes: ClassTokens,
     n: int,
     class_specific: bool,
     position: str,
-    sot_id: int,
-    eot_id: int,
+    frame: tuple[tuple[int, ...], tuple[int, ...]],
+    reading: Reading,
+    length: int,
     device: torch.device,
-    pad_to: int | None = None,
-    pad_id: int = 0,
 ) -> Layout:
     """The layout of K classes with n context vectors, worked out once per set of classes.
 
-    `pad_to`: the full path, no sharing, every prompt that long.
+    `frame`: the tokens around the words of a text. `length`: tokens of a padded text, an appended class embedding not
+    among them.
     """
-    key = (n, class_specific, position, sot_id, eot_id, device, pad_to, pad_id)
+    key = (n, class_specific, position, frame, reading, length, device)
     layout = classes.layouts.get(key)
     if layout is None:
         # Kept for training even where first asked for in inference mode: no inference tensors in here.
@@ -135,16 +142,17 @@ def _lay_out(
     n: int,
     class_specific: bool,
     position: str,
-    sot_id: int,
-    eot_id: int,
+    frame: tuple[tuple[int, ...], tuple[int, ...]],
+    reading: Reading,
+    length: int,
     device: torch.device,
-    pad_to: int | None,
-    pad_id: int,
 ) -> Layout:
+    start, tail = frame
+    full = not reading.only_up_to_the_end
     lead = 0 if class_specific else {"end": n, "middle": n // 2, "front": 0}[position]
-    prefix = 1 + lead if pad_to is None else 0
+    prefix = 0 if full else len(start) + lead
 
-    # One row per class: (token id, context row or -1), the whole prompt from SOS to EOT.
+    # One row per class: (token id, context row or -1), the prompt from SOS to EOT, or to the end of its padding.
     rows: list[list[tuple[int, int]]] = []
     for k, (tokens, name) in enumerate(zip(classes.rows, classes.name_lengths, strict=True)):
         words = [(token, -1) for token in tokens]
@@ -152,24 +160,28 @@ def _lay_out(
         before = {"end": 0, "front": name, "middle": 0}[position]
         half = n // 2 if position == "middle" else n
         body = words[:before] + context[:half] + words[before:name] + context[half:] + words[name:]
-        row = [(sot_id, -1), *body, (eot_id, -1)]
-        rows.append(row + [(pad_id, -1)] * ((pad_to or 0) - len(row)))
-    real = [length + n + 2 for length in classes.token_lengths]  # up to and with EOT
+        behind = tail[: length - len(start) - len(body)] if full else tail[:1]
+        row = [*((token, -1) for token in start), *body, *((token, -1) for token in behind)]
+        rows.append([*row, (0, -1)] if reading.appended else row)  # the class embedding takes its place in the tower
+    real = [len(start) + len(tokens) + n + 1 for tokens in classes.rows]  # up to and with EOT
 
     order = sorted(range(len(rows)), key=lambda k: real[k])
     slack = SLACK_CPU if device.type == "cpu" else SLACK_ACCELERATOR
-    widths = [(pad_to or real[k]) - prefix for k in order]
+    widths = [len(rows[k]) - prefix for k in order]
     packed = [(token, index, t) for t, (token, index) in enumerate(rows[0][:prefix])]
     groups, ends, first = [], [], 0
     for count, width in _rectangles(widths, slack):
-        start = len(packed)
+        slot = len(packed)
         own_ends = []
         for k in order[first : first + count]:
-            row = rows[k][prefix:] + [(pad_id, -1)] * (width + prefix - len(rows[k]))
+            row = rows[k][prefix:] + [(0, -1)] * (width + prefix - len(rows[k]))
             packed += [(token, index, prefix + t) for t, (token, index) in enumerate(row)]
-            own_ends.append(real[k] - 1 - prefix)
-        ends += [start + i * width + end for i, end in enumerate(own_ends)]
-        groups.append(_group(count, width, prefix, own_ends, pad_to is None, device))
+            own_ends.append({"first": 0, "last": width - 1}.get(reading.at or "", real[k] - 1 - prefix))
+        ends += [slot + i * width + end for i, end in enumerate(own_ends)]
+        if full:
+            groups.append(_full_group([rows[k] for k in order[first : first + count]], own_ends, reading, device))
+        else:
+            groups.append(_group(count, width, prefix, own_ends, device))
         first += count
 
     slots, indices, positions = (torch.tensor(column, device=device) for column in zip(*packed, strict=True))
@@ -179,16 +191,33 @@ def _lay_out(
         prefix=prefix,
         tokens=slots,
         positions=positions,
-        context_index=None if prefix == 1 + n else indices,
+        context_index=None if prefix == len(start) + n else indices,
         groups=tuple(groups),
         ends=torch.tensor(ends, device=device),
         restore=torch.tensor(restore, device=device),
     )
 
 
-def _group(count: int, width: int, prefix: int, ends: Sequence[int], causal: bool, device: torch.device) -> Group:
-    if not causal:
+def _full_group(
+    rows: Sequence[Sequence[tuple[int, int]]], ends: Sequence[int], reading: Reading, device: torch.device
+) -> Group:
+    """Classes at full length, each query seeing what the tower lets it see."""
+    count, width = len(rows), len(rows[0])
+    if not reading.causal and reading.hidden is None:
         return Group(count, width, None, None)
+    seen = torch.ones(count, 1, width, width, dtype=torch.bool, device=device)
+    if reading.hidden is not None:
+        keys = torch.tensor([[index >= 0 or token != reading.hidden for token, index in row] for row in rows])
+        if reading.appended:
+            own = torch.ones(count, 1, dtype=torch.bool)
+            keys = torch.cat([own, keys[:, :-1]] if reading.shifted else [keys[:, :-1], own], dim=1)
+        seen &= keys.to(device)[:, None, None]
+    if reading.causal:
+        seen = seen.tril()
+    return Group(count, width, seen, seen[torch.arange(count), :, ends].unsqueeze(2))
+
+
+def _group(count: int, width: int, prefix: int, ends: Sequence[int], device: torch.device) -> Group:
     keys = torch.arange(prefix + width, device=device)
     mask = keys[None, :] <= keys[prefix:, None]
     end_mask = None

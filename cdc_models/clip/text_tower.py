@@ -27,11 +27,13 @@ def encode_prompted_text(
 ) -> Tensor:
     """Text features of K classes under M prompts, unnormalised: [M, K, D].
 
-    A prompt is [SOS][v_1..v_n][class tokens . EOT]. Padding is dropped, and in causal towers the prefix that all
-    classes share is computed once per prompt; both are exact. Gradients flow to `context` and `deep`.
+    A prompt is [SOS][v_1..v_n][class tokens . EOT][padding], without SOS where the tokenizer has none. In causal
+    towers that read the end of the text, padding is dropped and the prefix that all classes share is computed once per
+    prompt; both are exact. Other towers (SigLIP, CLIPA, CoCa) are given every prompt at full length, and are read where
+    open_clip reads them. Gradients flow to `context` and `deep`.
 
     Args:
-        backbone: a CLIP whose text tower is open_clip's own and reads the end-of-text token.
+        backbone: a CLIP whose text tower is open_clip's own.
         classes: from `tokenize_classes`.
         context: [M, n, W], shared by the classes, or [M, K, n, W], class-specific.
         deep: [M, J-1, n, W], takes the place of the n context tokens before blocks 1..J-1, without position
@@ -67,7 +69,7 @@ def encode_prompted_text(
     check_prompts(context, deep, width=parts.width, depth=depth, device=backbone.device, classes=len(classes))
     if deep is not None and position != "end":
         raise ValueError(f"deep: deep prompts need position='end', got position={position!r}")
-    classes.require_room(backbone.context_length, context.size(-2), "classes")
+    classes.require_room(backbone.text_room, context.size(-2), "classes")
     if chunk is not None:
         check_count("chunk", chunk)
     if chunk is None or chunk >= len(classes):
@@ -94,13 +96,15 @@ def _encode(
         context.size(-2),
         class_specific=context.ndim == 4,
         position=position,
-        sot_id=backbone.sot_id,
-        eot_id=backbone.eot_id,
+        frame=backbone.text_frame,
+        reading=parts.reading,
+        length=backbone.context_length,
         device=backbone.device,
-        pad_to=None if parts.causal else backbone.context_length,
-        pad_id=backbone.pad_id,
     )
     embedded = parts.token_embedding(layout.tokens).to(parts.dtype)
+    if parts.class_embedding is not None:
+        appended = (layout.positions == backbone.context_length)[:, None]
+        embedded = torch.where(appended, parts.class_embedding.to(parts.dtype), embedded)
     x = layout.place(embedded.expand(context.size(0), -1, -1), context)
     x = x + parts.positional_embedding.to(x.dtype)[layout.positions]
     for i, block in enumerate(parts.blocks):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console, RenderableType
 
 from cdc_models import processes
 
-__all__ = ["Adaptation", "Backbone", "Compute", "Data", "Draw", "Interrupted", "Model", "Output", "RunFailed"]
+__all__ = ["Adaptation", "Backbone", "Cache", "Compute", "Data", "Draw", "Interrupted", "Model", "Output", "RunFailed"]
 
 
 class RunFailed(Exception):
@@ -103,6 +104,20 @@ class Adaptation:
     method: Literal["coop", "maple", "cdc"] = "cdc"
     options: dict[str, Any] = field(default_factory=dict)
     calibrate: bool = False
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Whether the images are encoded once, for methods that learn on the text side alone.
+
+    Args:
+        feature_cache: folder where image features of the training images are kept, for all epochs and for further runs;
+            none: images are read and encoded at every step. Runs may share a folder.
+        feature_draws: random crops and flips of each image that are encoded; an epoch takes one of them.
+    """
+
+    feature_cache: Path | None = None
+    feature_draws: int = 5
 
 
 @dataclass(frozen=True)

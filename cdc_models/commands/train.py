@@ -9,11 +9,11 @@ from pathlib import Path
 from cdc_models import processes
 from cdc_models.commands.parts import backbone_of, dataset_of
 from cdc_models.commands.run_folder import resolved, start_run, write_json
-from cdc_models.commands.settings import Adaptation, Backbone, Compute, Data, Draw, Interrupted, Output
+from cdc_models.commands.settings import Adaptation, Backbone, Cache, Compute, Data, Draw, Interrupted, Output
 from cdc_models.data import ImageReport
 from cdc_models.engine import calibrate, save_adapter
 from cdc_models.provenance import git_commit, peak_memory, versions
-from cdc_models.recipes import Training, build, reader, report_of, train_on
+from cdc_models.recipes import Training, build, cached_training, check_cached, reader, report_of, train_on
 
 __all__ = ["Folder", "train"]
 
@@ -36,6 +36,7 @@ def train(
     backbone: Backbone,
     adaptation: Adaptation,
     training: Training,
+    cache: Cache,
     folder: Folder,
     compute: Compute,
     output: Output,
@@ -52,9 +53,24 @@ def train(
     with output.status("loading CLIP"):
         clip = backbone_of(backbone.backbone, backbone.pretrained, compute)
     model = build(adaptation.method, adaptation.options, clip, dataset, draw.seed)
-    settings = (data, draw, backbone, adaptation, training, folder, compute, output)
+    if cache.feature_cache is not None:
+        check_cached(model, cache.feature_draws)
+    settings = (data, draw, backbone, adaptation, training, cache, folder, compute, output)
     start_run(folder.out, resolved(*settings, options=model.options))
     checkpoint = folder.out / "checkpoint.safetensors"
+    cached = None
+    if cache.feature_cache is not None:
+        cached = cached_training(
+            model,
+            dataset,
+            training,
+            cache.feature_cache,
+            draws=cache.feature_draws,
+            seed=draw.seed,
+            batch=compute.test_batch,
+            workers=compute.readers,
+            progress=output.progress,
+        )
     result, report = train_on(
         model,
         dataset,
@@ -64,6 +80,7 @@ def train(
         checkpoint=checkpoint,
         checkpoint_every=compute.checkpoint_every,
         compile=compute.compile,
+        cached=cached,
         progress=output.progress,
     )
     if result.interrupted:
@@ -89,6 +106,7 @@ def train(
         "steps": result.steps,
         "losses": result.losses,
         "validation_nll": likelihood,
+        "feature_cache": cached and {"computed": cached.computed, "damaged": list(cached.damaged)},
         "seconds_train": result.seconds,
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory(clip.device),

@@ -30,7 +30,7 @@ from cdc_models.seeds import check_seed
 
 __all__ = ["CachedFeatures", "FeatureLoader", "cache_features"]
 
-FORMAT = 1
+FORMAT = 2
 
 Shard = tuple[dict[str, Tensor], list[SkippedImage]]
 """Features and the places of their images in the list; and the images left out."""
@@ -65,6 +65,7 @@ class FeatureLoader:
     """Batches (features [B, D] or [B, M, D], targets [B]) for `fit`: shuffled, each image under one of its V draws.
 
     Order and draws follow from the state of `generator`, so that checkpoints of `fit` resume to the same bits.
+    `drop_last` leaves out a last batch that is not full, unless it is the only one, as in `ImageLoader`.
 
     Raises:
         ValueError: for what `cache_features` did not give, a batch size below 1, or what is no seed.
@@ -75,16 +76,18 @@ class FeatureLoader:
         [(3, 8), (2, 8)]
     """
 
-    def __init__(self, cached: CachedFeatures, batch_size: int, seed: int) -> None:
+    def __init__(self, cached: CachedFeatures, batch_size: int, seed: int, *, drop_last: bool = False) -> None:
         if not isinstance(cached, CachedFeatures):
             raise ValueError(f"cached: expected what cache_features gives, got {type(cached).__name__}")
         check_count("batch_size", batch_size)
         check_seed(seed)
-        self.cached, self.batch_size = cached, batch_size
+        self.cached, self.batch_size, self.report = cached, batch_size, cached.report
+        self.drop_last = drop_last and len(cached.targets) >= batch_size
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        return -(-len(self.cached.targets) // self.batch_size)
+        images = len(self.cached.targets)
+        return images // self.batch_size if self.drop_last else -(-images // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         draws, images = self.cached.image.shape[:2]
@@ -93,7 +96,7 @@ class FeatureLoader:
         return self._batches(order, draw)
 
     def _batches(self, order: Tensor, draw: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in order.split(self.batch_size):
+        for rows in order.split(self.batch_size)[: len(self)]:
             yield self.cached.image[draw[rows], rows], self.cached.targets[rows]
 
 
@@ -113,9 +116,11 @@ def cache_features(
 
     One safetensors file holds a shard of images under one draw. Its name is a hash of everything that its content
     follows from: the backbone's weights and dtype, the method's views, the transform as it prints itself, seed and
-    draw, and of each image the path, size and time of last change. So a file of anything else is never found, let
-    alone used; one that is damaged is noticed by its own hash and computed again. Delete the folder to get its space
-    back.
+    draw, and of each image the path, size and times of last change, of the content and of the file itself; the second
+    cannot be set back, so that a file put in another's place is noticed whatever it claims. Copied images, and those
+    whose owner or mode has changed, are computed again, and so is what older versions of this library have left. So a
+    file of anything else is never found, let alone used; one that is damaged is noticed by its own hash and computed
+    again. Delete the folder to get its space back.
 
     Args:
         model: a method whose image side does not learn (ZeroShot, CoOp, CDC without image prompts).
@@ -197,9 +202,9 @@ def _key(model: Method, images: ImageList, rows: Sequence[int], seed: int, draw:
     for row in rows:
         try:
             stat = os.stat(images.path(row))
-            files.append([images.paths[row], stat.st_size, stat.st_mtime_ns])
+            files.append([images.paths[row], stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
         except OSError:
-            files.append([images.paths[row], None, None])
+            files.append([images.paths[row], None, None, None])
     views = None if model.views is None else model.views.names
     encoder = [model.backbone.fingerprint, str(model.backbone.dtype), views]
     facts = [FORMAT, encoder, repr(images.transform), images.orient, seed, draw, rows[0], str(images.root), files]

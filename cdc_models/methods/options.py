@@ -18,7 +18,9 @@ def check_flags(**flags: object) -> None:
 def check_room(backbone: ClipBackbone, classes: ClassTokens, n_ctx: int) -> None:
     """Raise ValueError unless start, `n_ctx` vectors, every class name and end fit the text tower's context."""
     check_count("n_ctx", n_ctx)
-    length = backbone.context_length
-    if length - 2 - n_ctx < 1:
-        raise ValueError(f"n_ctx: a context of {length} tokens holds at most {length - 3} vectors, got {n_ctx}")
-    classes.require_room(length, n_ctx, "names")
+    room = backbone.text_room
+    if n_ctx >= room:
+        raise ValueError(
+            f"n_ctx: a context of {backbone.context_length} tokens holds at most {room - 1} vectors, got {n_ctx}"
+        )
+    classes.require_room(room, n_ctx, "names")

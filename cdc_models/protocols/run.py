@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cdc_models.clip import ClipBackbone
 from cdc_models.data import ImageDataset, ImageReport, harmonic_mean
 from cdc_models.engine import (
@@ -30,7 +28,7 @@ from cdc_models.engine import (
 from cdc_models.methods import Method
 from cdc_models.protocols.plan import Cell, Target
 from cdc_models.protocols.results import is_test
-from cdc_models.provenance import git_commit, peak_memory, versions
+from cdc_models.provenance import git_commit, peak_memory, restart_peak_memory, versions
 from cdc_models.recipes import Recipe, build, on_dataset, reader, train_on
 from cdc_models.rows import Rows
 
@@ -109,6 +107,7 @@ class Runner:
 
     def _tests(self, how: Recipe, cell: Cell, missing: Sequence[Target]) -> Iterator[dict[Target, dict[str, Any]]]:
         """Results that belong together: base and new, for their H; else one by one."""
+        restart_peak_memory(self.backbone.device)  # the rows' memory is that of their own training and tests
         source = self.datasets[cell.source].few_shot(cell.shots, cell.seed)
         source = source if cell.half == "all" else source.half(cell.half)
         adapter = self._adapter(how, cell, source)
@@ -157,8 +156,6 @@ class Runner:
         """The file of a recipe's model, trained if it never was, with the facts of its training."""
         adapter = self.folder / "adapters" / f"{_digest(self._key(how, cell))}.safetensors"
         if not adapter.exists():
-            if self.backbone.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.backbone.device)
             model = build(how.method, how.options, self.backbone, data, cell.seed)
             result, report = FitResult(), ImageReport(len(data.train))
             checkpoint = adapter.with_suffix(".checkpoint")

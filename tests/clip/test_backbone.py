@@ -9,7 +9,7 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from PIL import Image
 from safetensors.torch import save_file
-from tower_reference import CONTEXT_LENGTH, TEXT, VISION, small_backbone, small_clip
+from tower_reference import CONTEXT_LENGTH, TEXT, VISION, Framed, small_backbone, small_clip
 
 from cdc_models import CDC, CoOp, MaPLe, ZeroShot
 from cdc_models.clip import (
@@ -56,7 +56,7 @@ def test_a_folder_with_a_cut_tokenizer_and_half_precision_weights(tmp_path):
     config = {"model_cfg": MODEL_CFG | {"text_cfg": text}, "tokenizer": {"merges": 100}}
     clip = small_clip(({}, {}, text)).half()
     backbone = load_clip("mine", str(write_folder(tmp_path, config, clip=clip, config_name="config.json")))
-    assert (backbone.sot_id, backbone.eot_id) == (612, 613)
+    assert backbone.text_frame == ((612,), (613, *[0] * (CONTEXT_LENGTH - 3)))
     assert {t.dtype for t in backbone.parameters()} == {torch.float32}
     assert torch.equal(backbone.clip.visual.proj, clip.visual.proj.float())
     assert backbone.encode_text(backbone.tokenize(["a photo of a cat."])).shape == (1, 32)
@@ -321,32 +321,40 @@ def test_a_tokenizer_that_cannot_be_had_is_missed_only_when_needed():
         ClipBackbone(small_clip()).tokenize(["a cat"])
 
 
-class HuggingFaceStyle:
-    """The face of open_clip's HFTokenizer: no encode, special ids on an inner tokenizer."""
-
-    context_length = CONTEXT_LENGTH
-
-    class tokenizer:
-        bos_token_id, eos_token_id, pad_token_id = 0, 2, 1
-
-        def __new__(cls, text, add_special_tokens):
-            return type("Encoding", (), {"input_ids": [10 + len(word) for word in text.split()]})
-
-    def clean_fn(self, text):
-        return text.strip()
-
-
 def test_tokenizers_of_the_hugging_face_kind():
-    backbone = ClipBackbone(small_clip(({}, {}, {"pool_type": "eos"})), make_tokenizer=HuggingFaceStyle)
-    assert (backbone.sot_id, backbone.eot_id, backbone.pad_id) == (0, 2, 1)
-    assert backbone.encode_words(" a cat ") == [11, 13]
+    backbone = small_backbone(({}, {}, {"pool_type": "eos"}), frame=((0,), 2, 1))
+    assert backbone.text_frame == ((0,), (2, *[1] * (CONTEXT_LENGTH - 3)))
+    assert (backbone.eot_id, backbone.text_room) == (2, CONTEXT_LENGTH - 2)
+    assert backbone.encode_words(" a cat ") == open_clip.SimpleTokenizer().encode("a cat")
     backbone.require_promptable_text()
 
 
-def test_a_tokenizer_without_an_end_token_takes_no_prompts():
-    backbone = ClipBackbone(small_clip(), name="odd", make_tokenizer=object)
-    with pytest.raises(UnsupportedBackboneError, match="odd has no eot_token_id"):
-        _ = backbone.eot_id
+class ClassTokenLast(Framed):
+    """Puts one more token behind the padding."""
+
+    def __call__(self, texts, context_length):
+        return torch.cat([super().__call__(texts, context_length - 1), torch.full((len(texts), 1), 7)], dim=1)
+
+
+class OtherWords(Framed):
+    """Finds other words in a text than it says."""
+
+    def __call__(self, texts, context_length):
+        return super().__call__(["b"] * len(texts), context_length)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (object, "odd is not like open_clip's"),
+        (lambda: ClassTokenLast(CONTEXT_LENGTH, (0,), 2, 1), "does not put an end and padding behind the words"),
+        (lambda: OtherWords(CONTEXT_LENGTH, (0,), 2, 1), "does not put an end and padding behind the words"),
+    ],
+)
+def test_tokenizers_whose_frame_is_not_understood_take_no_prompts(tokenizer, message):
+    backbone = ClipBackbone(small_clip(), name="odd", make_tokenizer=tokenizer)
+    with pytest.raises(UnsupportedBackboneError, match=f"the tokenizer of .*{message}"):
+        tokenize_classes(backbone, ["cat"])
 
 
 def test_preprocess_is_the_published_test_transform():

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tower_reference import CONTEXT_LENGTH, TEXT, VARIANTS, assert_close, full_text, small_backbone, small_clip
+from tower_reference import CONTEXT_LENGTH, FRAMES, TEXT, VARIANTS, assert_close, full_text, small_backbone, small_clip
 
 from cdc_models import CDC, CoOp, MaPLe
 from cdc_models.clip import UnsupportedBackboneError, encode_prompted_text, text_tower, tokenize_classes
+from cdc_models.clip.anatomy import text_parts
 from cdc_models.clip.blocks import run_block
 from cdc_models.clip.text_layout import _rectangles, text_layout
 
@@ -76,7 +77,7 @@ TEXT_VARIANTS = [name for name, (whole, _, text) in VARIANTS.items() if whole or
 @cache
 def full_size_context(variant, dtype):
     whole, vision, text = VARIANTS[variant]
-    return small_backbone((whole, vision, text | {"context_length": 77}), dtype=dtype)
+    return small_backbone((whole, vision, text | {"context_length": 77}), dtype=dtype, frame=FRAMES.get(variant))
 
 
 @settings(max_examples=100, deadline=None)
@@ -140,14 +141,41 @@ def listed_text_towers():
 
 
 @pytest.mark.parametrize(("name", "kind"), listed_text_towers().items(), ids=lambda x: x if isinstance(x, str) else "")
-def test_every_kind_of_text_tower_in_open_clip_is_right_or_refused(name, kind):
+def test_every_kind_of_text_tower_in_open_clip_is_right(name, kind):
     whole, text = kind
-    backbone = small_backbone((whole, {}, text))
-    if any(family in name for family in ("coca", "SigLIP", "CLIPA")):
-        with pytest.raises(UnsupportedBackboneError, match="cannot be prompted"):
-            tokenize_classes(backbone, NAMES)
-    else:
-        assert_matches_the_full_length_tower(backbone, NAMES, *prompts(backbone, m=2, n=2, j=3))
+    family = next((family for family in FRAMES if family in name), None)
+    backbone = small_backbone((whole, {}, text), frame=FRAMES.get(family))
+    assert_matches_the_full_length_tower(backbone, NAMES, *prompts(backbone, m=2, n=2, j=3))
+
+
+@pytest.mark.parametrize("variant", ["flat", "SigLIP", "CLIPA"])
+def test_a_prompt_fills_the_context_to_the_last_token(variant):
+    backbone = small_backbone(variant)
+    n = backbone.text_room - max(tokenize_classes(backbone, NAMES).token_lengths)
+    assert_matches_the_full_length_tower(backbone, NAMES, *prompts(backbone, m=1, n=n, j=2))
+    with pytest.raises(ValueError, match=rf"classes: .*aeroplane.* do not fit: {n + 1} context vectors leave"):
+        encode_prompted_text(backbone, tokenize_classes(backbone, NAMES), torch.zeros(1, n + 1, 48))
+
+
+@pytest.mark.parametrize("frame", [((), 49407, 0), ((49406, 5), 49407, 0)])
+def test_a_causal_tower_without_a_start_or_with_two_is_packed(frame):
+    backbone = small_backbone("flat", dtype=torch.float64, frame=frame)
+    assert len(backbone.text_frame[0]) == len(frame[0])
+    for position in POSITIONS:
+        context, deep = prompts(backbone, m=2, n=3, j=3)
+        assert_matches_the_full_length_tower(backbone, NAMES, context, deep if position == "end" else None, position)
+
+
+@pytest.mark.parametrize("method", [CoOp, CDC])
+@pytest.mark.parametrize("variant", ["SigLIP", "CLIPA", "CoCa"])
+def test_methods_learn_on_towers_at_full_length(variant, method):
+    backbone = small_backbone(variant)
+    model = method(backbone, NAMES)
+    images, targets = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
+    model.loss(images, targets).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.learned_parameters().values())
+    other = model.with_classes([*NAMES[:2], "zebra"])
+    assert other.predict(images).prob.shape == (3, 3)
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -169,7 +197,8 @@ def test_only_real_tokens_are_encoded_and_the_prefix_once(monkeypatch):
     monkeypatch.setattr("cdc_models.clip.text_layout.SLACK_CPU", 0)
     backbone = small_backbone()
     classes = tokenize_classes(backbone, NAMES)
-    common = (classes, 4, False, "end", backbone.sot_id, backbone.eot_id, backbone.device)
+    reading = text_parts(backbone.clip).reading
+    common = (classes, 4, False, "end", backbone.text_frame, reading, backbone.context_length, backbone.device)
     layout = text_layout(*common)
     assert layout.tokens.numel() == 1 + 4 + sum(length + 1 for length in classes.token_lengths)
     assert text_layout(*common) is layout  # worked out once
@@ -269,7 +298,7 @@ def test_the_longest_name_that_fits_and_one_token_more():
     ours = encode_prompted_text(backbone, tokenize_classes(backbone, [fits]), context)
     assert_close(ours[0], backbone.encode_text(backbone.tokenize([f"a photo of a {fits}."])))
     classes = tokenize_classes(backbone, ["dog", f"{fits} dog"])
-    with pytest.raises(ValueError, match=r"dog'.*leave 18 of 24") as error:
+    with pytest.raises(ValueError, match=r"dog'.*leave 18 of the 22") as error:
         encode_prompted_text(backbone, classes, context)
     assert "'dog'" not in str(error.value)  # only the name that is too long is named
 
@@ -345,9 +374,8 @@ def test_bad_prompts_are_refused(context, deep, position, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ({"no_causal_mask": True, "pool_type": "last", "proj_bias": True}, "pools by 'last'"),  # SigLIP
-        ({"pool_type": "first"}, "pools by 'first'"),
-        ({"embed_cls": True}, "class token instead of the end-of-text token"),  # CoCa
+        ({"pool_type": "first"}, "reads the first token, which sees nothing of the name"),
+        ({"pool_type": "none"}, "returns tokens instead of one feature"),
         ({"scaled_cosine_attn": True}, "scaled cosine"),
         ({"pool_type": "eos", "eos_id": 2}, "pools at token 2, its tokenizer ends with 49407"),
     ],
@@ -357,7 +385,8 @@ def test_towers_that_cannot_be_prompted_say_why_and_still_encode(text, message):
     with pytest.raises(UnsupportedBackboneError, match=message) as error:
         tokenize_classes(backbone, ["cat"])
     assert str(error.value).startswith("the text tower of small cannot be prompted: it")
-    if "scaled_cosine_attn" not in text:  # open_clip 3.3 cannot run its own scaled cosine attention
+    # open_clip 3.3 cannot run its own scaled cosine attention
+    if "scaled_cosine_attn" not in text and text.get("pool_type") != "none":
         tokens = backbone.tokenize(["a cat", "a dog"])
         assert backbone.encode_text(tokens).shape == (2, 32)
 

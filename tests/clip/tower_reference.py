@@ -5,6 +5,7 @@ The references call open_clip's own modules and share no code with the library.
 
 import open_clip
 import torch
+from open_clip.transformer import text_global_pool
 
 from cdc_models.clip import ClipBackbone
 from cdc_models.clip.sources import build_network
@@ -31,14 +32,46 @@ VARIANTS = {
     "attentional pool": ({}, {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 2}, {}),
     "patch dropout": ({}, {"patch_dropout": 0.5}, {}),
     "one block": ({}, {"layers": 1}, {"layers": 1}),
+    "SigLIP": ({"custom_text": True}, {}, {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}),
+    "CLIPA": ({}, {}, {"no_causal_mask": True, "pool_type": "last"}),
+    "CoCa": ({"custom_text": True}, {}, {"embed_cls": True}),
+    "CoCa, mask put right": ({"custom_text": True}, {}, {"embed_cls": True, "set": {"correct_cls_mask": True}}),
+    "CoCa, bidirectional": ({"custom_text": True}, {}, {"embed_cls": True, "no_causal_mask": True}),
+    "padding hidden": ({"custom_text": True}, {}, {"no_causal_mask": True, "set": {"use_pad_mask": True}}),
+    "reads the first": ({"custom_text": True}, {}, {"no_causal_mask": True, "pool_type": "first"}),
+    "reads the last": ({"custom_text": True}, {}, {"pool_type": "last"}),
 }
+
+
+class Framed:
+    """The face of open_clip's HFTokenizer around CLIP's words: `start` before them, `end` and padding behind."""
+
+    def __init__(self, context_length, start, end, pad):
+        self.context_length, self.start, self.end, self.pad = context_length, start, end, pad
+        self.clip = open_clip.SimpleTokenizer(context_length=context_length)
+        self.tokenizer = lambda text, add_special_tokens: type("Encoding", (), {"input_ids": self.clip.encode(text)})
+
+    def clean_fn(self, text):
+        return text.strip()
+
+    def __call__(self, texts, context_length):
+        rows = [[*self.start, *self.clip.encode(text), self.end] for text in texts]
+        return torch.tensor([row + [self.pad] * (context_length - len(row)) for row in rows])
+
+
+# Variants whose published tokenizers are of another kind: T5's has no start; BERT's end is erased for CLIPA.
+FRAMES = {"SigLIP": ((), 1, 1), "CLIPA": ((101,), 0, 0)}
 
 
 def small_clip(variant="flat", seed=0):
     whole, vision, text = VARIANTS[variant] if isinstance(variant, str) else variant
-    cfg = {"embed_dim": 32, "vision_cfg": VISION | vision, "text_cfg": TEXT | text} | whole
+    text = TEXT | text
+    attributes = text.pop("set", {})  # what the class of the text tower knows and open_clip's configurations do not
     torch.manual_seed(seed)
-    clip = build_network(cfg)
+    clip = build_network({"embed_dim": 32, "vision_cfg": VISION | vision, "text_cfg": text} | whole)
+    for name, value in attributes.items():
+        assert hasattr(clip.text, name)
+        setattr(clip.text, name, value)
     with torch.no_grad():  # norms, scales and biases start as the identity: move them, so that none can be forgotten
         for name, parameter in clip.named_parameters():
             if not name.startswith("logit"):
@@ -46,39 +79,55 @@ def small_clip(variant="flat", seed=0):
     return clip
 
 
-def small_backbone(variant="flat", seed=0, dtype=torch.float32):
-    """A backbone of a few ten thousand parameters with open_clip's tokenizer."""
+def small_backbone(variant="flat", seed=0, dtype=torch.float32, frame=None):
+    """A backbone of a few ten thousand parameters with open_clip's tokenizer, or one that is framed otherwise."""
     clip = small_clip(variant, seed).to(dtype)
     length = int(clip.context_length)
-    return ClipBackbone(clip, name="small", make_tokenizer=lambda: open_clip.SimpleTokenizer(context_length=length))
+    return ClipBackbone(
+        clip, name="small", make_tokenizer=lambda: _tokenizer(frame or FRAMES.get(str(variant)), length)
+    )
+
+
+def _tokenizer(frame, length):
+    return Framed(length, *frame) if frame else open_clip.SimpleTokenizer(context_length=length)
 
 
 def full_text(backbone, names, context, deep=None, position="end"):
-    """[M, K, D]: every prompt at full length, as CoOp assembles it and MaPLe deepens it."""
+    """[M, K, D]: every prompt at full length, as CoOp assembles it and MaPLe deepens it.
+
+    Masks and pooling are open_clip's own; so are the tokens, with words in the places of the context.
+    """
     tower = getattr(backbone.clip, "text", backbone.clip)
     n, tokenizer = context.size(-2), backbone.tokenizer
     tokens = tokenizer([" ".join(["x"] * n + [f"{name}."]) for name in names], context_length=tower.context_length)
+    s = len(getattr(tokenizer, "start", [0]))
+    encode = backbone.encode_words
+    appended = getattr(tower, "cls_emb", None)
+    masked = appended is not None or getattr(tower, "use_pad_mask", False)
+    mask = tower._embeds(tokens)[1] if masked else tower.attn_mask
     features = []
     for m in range(context.size(0)):
         embedded = tower.token_embedding(tokens)
         rows = []
         for k, name in enumerate(names):
             own = context[m] if context.ndim == 3 else context[m, k]
-            start, rest = embedded[k, :1], embedded[k, 1 + n :]
-            size = len(tokenizer.encode(name))
+            start, rest = embedded[k, :s], embedded[k, s + n :]
+            size = len(encode(name))
             if position == "end":
                 row = [start, own, rest]
             elif position == "middle":
                 row = [start, own[: n // 2], rest[:size], own[n // 2 :], rest[size:]]
             else:
                 row = [start, rest[:size], own, rest[size:]]
-            rows.append(torch.cat(row))
+            rows.append(torch.cat(row if appended is None else [*row, appended[None]]))
         x = torch.stack(rows) + tower.positional_embedding
         for i, block in enumerate(tower.transformer.resblocks):
             if deep is not None and 1 <= i <= deep.size(1):
-                x = torch.cat([x[:, :1], deep[m, i - 1].expand(len(names), -1, -1), x[:, 1 + n :]], dim=1)
-            x = block(x, attn_mask=tower.attn_mask)
-        x = tower.ln_final(x)[torch.arange(len(names)), tokens.argmax(dim=1)]
+                x = torch.cat([x[:, :s], deep[m, i - 1].expand(len(names), -1, -1), x[:, s + n :]], dim=1)
+            x = block(x, attn_mask=mask)
+        flat = tower is backbone.clip
+        pool, eos = (tower.text_pool_type, tower.text_eos_id) if flat else (tower.pool_type, tower.eos_id)
+        x = text_global_pool(tower.ln_final(x), tokens, "last" if appended is not None else pool, eos)
         if isinstance(tower.text_projection, torch.nn.Linear):
             x = tower.text_projection(x)
         elif tower.text_projection is not None:

@@ -24,7 +24,7 @@ def test_the_pages_commands_run(tmp_path, monkeypatch, photos, cdc, cdc_command)
         if dataset.name in ("EuroSAT", "DescribableTextures"):
             split_file_tree(tmp_path / "data", dataset, classes=2, images=4)
     commands = [line for block in re.findall(r"```console\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for line in commands:
         program, *arguments = shlex.split(line)
         small = {"train": ["--epochs=1", "--shots=1"], "protocol": ["--epochs=1", "--shots=1", "--seeds=[1]"]}

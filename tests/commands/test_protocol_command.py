@@ -6,11 +6,13 @@ import shutil
 from statistics import stdev
 
 import pytest
+import torch
 import yaml
 from conftest import SMALL_PROTOCOL as SMALL
 
 from cdc_models.data import harmonic_mean
 from cdc_models.methods import CoOp
+from cdc_models.provenance import peak_memory, restart_peak_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*figures will not compare with published ones")
 
@@ -220,3 +222,14 @@ def test_what_somebody_has_damaged_is_made_again_or_told(published_root, protoco
     adapter.write_bytes(adapter.read_bytes()[:-8])
     status, _, err = cdc(*arguments, f"--out={whole}")
     assert status == 2 and str(adapter) in err and "delete it to have it trained again" in err
+
+
+def test_the_memory_of_a_row_is_its_own(published_root, tmp_path, cdc_json):
+    if not restart_peak_memory():
+        pytest.skip("this system's high-water mark cannot be restarted")
+    held = torch.ones(400 * 2**20 // 4)
+    del held
+    before = peak_memory()
+    data = ["--root", str(published_root), f"--out={tmp_path / 'run'}", "--datasets=[eurosat]"]
+    cdc_json("protocol", "base-to-new", *SMALL, *data)
+    assert all(row["peak_memory_bytes"] < before - 100 * 2**20 for row in results(tmp_path / "run"))

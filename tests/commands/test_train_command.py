@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cdc_models import fit, load_adapter, load_clip
+from cdc_models import fit, load_adapter, load_clip, recipes
 from cdc_models.commands.settings import Compute, Output
 from cdc_models.methods import CDC, CoOp
 
@@ -83,6 +84,53 @@ def test_a_finished_run_is_not_trained_again(trained, cdc, monkeypatch):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_features_are_computed_once_for_all_runs(tmp_path, cdc_json, photos, monkeypatch):
+    encoded, encode = [], CoOp.image_features
+
+    def counting(self, images):
+        if images.ndim == 4:
+            encoded.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(CoOp, "image_features", counting)
+
+    def run(name, *more):
+        encoded.clear()
+        cache = (f"--feature_cache={tmp_path / 'cache'}", "--feature_draws=2")
+        said = cdc_json("train", f"--data={photos}", *COOP, *cache, *more, f"--out={tmp_path / name}")
+        assert said["images"]["train"]["total"] == 12
+        return said["feature_cache"], sum(encoded), load_file(tmp_path / name / "adapter.safetensors")
+
+    facts, images, first = run("first")
+    readable = images // 2
+    assert facts == {"computed": 2, "damaged": []} and 10 < readable <= 12
+    facts, images, second = run("second")
+    assert facts == {"computed": 0, "damaged": []} and images == 0
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    facts, images, tuned = run("tuned", "--lr=0.1")
+    assert images == 0 and not torch.equal(first["context.vectors"], tuned["context.vectors"])
+    shard = sorted((tmp_path / "cache").iterdir())[0]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    facts, images, again = run("again")
+    assert facts == {"computed": 1, "damaged": [str(shard)]} and images == readable
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_features_and_images_make_the_same_adapter(tmp_path, cdc_json, photos, monkeypatch):
+    """With nothing random in the transform and one epoch, both see the same images in the same order."""
+    monkeypatch.setattr(recipes, "train_transform", lambda clip, scale: recipes.test_transform(clip))
+    readable = shutil.copytree(photos, tmp_path / "photos", ignore=lambda folder, files: ["0.png"])
+    made = []
+    for more in ([], [f"--feature_cache={tmp_path / 'cache'}"]):
+        out = tmp_path / f"run{len(made)}"
+        cdc_json(
+            "train", f"--data={readable}", *COOP, "--epochs=1", "--warmup_epochs=0", "--lr=0.1", *more, f"--out={out}"
+        )
+        made.append(load_file(out / "adapter.safetensors"))
+    for name, tensor in made[0].items():
+        torch.testing.assert_close(tensor, made[1][name], rtol=1e-4, atol=1e-5)
+
+
 def test_a_folder_of_another_run_is_refused(trained, cdc):
     status, _, err = cdc("train", f"--config={trained / 'config.yaml'}", "--lr=0.01")
     assert status == 2 and "another run (lr: 0.0035 there, 0.01 here)" in err
@@ -101,6 +149,17 @@ def test_calibration_changes_the_temperature_only(tmp_path, cdc_json, photos):
         (["--backbone=bundled", "--options.depht=3"], 2, "cdc has no depht; it has n_templates"),
         (["--backbone=bundled", "--options.n_ctx=many"], 2, "n_ctx"),
         (["--backbone=bundled", "--crop=0"], 2, "crop"),
+        (
+            ["--backbone=bundled", "--feature_cache=f"],
+            2,
+            "feature_cache: cdc with these options learns on its image side",
+        ),
+        (["--backbone=bundled", "--method=maple", "--feature_cache=f"], 2, "feature_cache: maple"),
+        (
+            ["--backbone=bundled", "--method=coop", "--feature_cache=f", "--feature_draws=0"],
+            2,
+            "feature_draws: expected",
+        ),
         (["--backbone=bundled", "--device=cuda:99"], 2, "device"),
         (["--backbone=bundled", "--device=meta"], 2, "device: expected one that computes"),
         (["--backbone=bundled", "--method=lora"], 2, "method"),
