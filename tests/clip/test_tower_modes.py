@@ -7,6 +7,7 @@ import pytest
 import torch
 from tower_reference import assert_close, full_image, full_text, small_backbone, small_clip
 
+from cdc_models import CDC, CoOp
 from cdc_models.clip import (
     ClipBackbone,
     encode_prompted_image,
@@ -174,3 +175,30 @@ def test_the_bundled_network():
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
     assert backbone.eot_id == backbone.clip.vocab_size - 1
     check_against_open_clip(backbone)
+
+
+def test_both_towers_attend_through_torchs_own_attention(setup, monkeypatch):
+    backbone, prompts, images, classes = setup
+    attend, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counting(*arguments, **options):
+        calls.append(1)
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+    (context, deep), (image_context, image_deep) = prompts.text(), prompts.image()
+    encode_prompted_text(backbone, classes, context, deep=deep)
+    assert len(calls) >= backbone.text_depth
+    calls.clear()
+    encode_prompted_image(backbone, images, image_context, deep=image_deep)
+    assert len(calls) >= backbone.image_depth
+
+
+@pytest.mark.parametrize(
+    "method", [CoOp, lambda *given: CDC(*given, image_prompts=False)], ids=["CoOp", "CDC on texts"]
+)
+def test_a_frozen_image_side_builds_no_graph(setup, method):
+    backbone, _, images, _ = setup
+    model = method(backbone, NAMES).train()
+    assert model.image_features(images).grad_fn is None
+    assert model.text_features().grad_fn is not None
