@@ -70,6 +70,5 @@ def mlp(layers: OpenClip, x: Tensor) -> Tensor:
     wide, _, narrow = layers
     rows = x.flatten(0, -2)
     h = F.silu(torch.addmm(QUICK * wide.bias, rows, wide.weight.T, alpha=QUICK))
-    y = h @ narrow.weight.T
     # not addmm's alpha: in the backward pass it would scale a gradient of the wide layer's size
-    return torch.add(narrow.bias.to(y.dtype), y, alpha=1 / QUICK).unflatten(0, x.shape[:-1])
+    return F.linear(h, narrow.weight, QUICK * narrow.bias).mul(1 / QUICK).unflatten(0, x.shape[:-1])

@@ -50,3 +50,15 @@ def test_frozen_layers_keep_one_wide_tensor_for_the_backward_pass():
             way(x)
         wide[name] = len({t.data_ptr() for t in kept if t.numel() == 4 * x.numel()})
     assert wide["ours"] == 1 < wide["theirs"]
+
+
+def test_compiled_it_is_the_same():
+    """Inductor (torch 2.14) loses the alpha of an addition behind a product: the layers must do without."""
+    layers, x = layers_and_tokens(QuickGELU)
+    inputs = [x.requires_grad_(), *layers.parameters()]
+    results = []
+    for way in (mlp, torch.compile(mlp, fullgraph=True)):
+        y = way(layers, x)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=0, atol=2e-6 * float(plain.detach().abs().max()))
