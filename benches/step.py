@@ -1,6 +1,6 @@
 """One training step and one evaluation batch: CDC, MaPLe and CoOp of this library against the published way.
 
-    python benches/step.py --classes 50 100 1000 --memory 14 --repeats 1 --out benches/results/step/cpu
+    python benches/step.py --classes 50 100 --memory 14 --repeats 1 --out benches/results/step/cpu
     python benches/step.py --classes 1000 --methods CDC --templates 4 --ways ours --out runs/step
     python benches/step.py --device cuda --classes 50 100 1000 --batch 4 32 --memory 70 --out benches/results/step/h100
 
