@@ -2,8 +2,9 @@
 
 Fusion is elementwise in the class, and everything else an opinion or its loss needs are row sums, so a block
 of logits can be made, folded into the fused block and into its row's sums, and overwritten by the next
-prompt's. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is two or three blocks
-forward, up to three more in log space or for an activation, and M + 8 backward; 4 more for squares, 17 for the KL term.
+prompts'. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is two to four blocks
+forward, up to three more for each prompt in log space or for an activation, and M + 9 backward; for each prompt 4 more
+for squares, 17 for the KL term.
 The more a pass holds at once, the fewer classes a block gets: all of them together stay below [B, M, K], those of
 fused_topk below [B, K] (as long as K is a few hundred, so that K numbers are more than the row sums of an image, and
 but for the KL term of one prompt, whose blocks of 64 classes may hold more).
@@ -18,7 +19,7 @@ copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from cdc_ops.fusion import confidence_weight
 from cdc_ops.special import kl_element, kl_slope, softplus
 
 Weights = list[Tensor | float]  # of each prompt in the fusion: a number, or [B, 1]
+ONE = slice(0, 1)
 
 
 class Sums(NamedTuple):
@@ -63,49 +65,54 @@ class Place(NamedTuple):
         size = columns.stop - columns.start
         return cls(local.clamp(0, size - 1), (local >= 0) & (local < size))
 
+    def take(self, block: Tensor) -> Tensor:
+        """The values [..., b, 1] at the positions."""
+        return block.gather(-1, self.position.expand(*block.shape[:-1], 1))
+
     def put(self, block: Tensor, value: Tensor | float) -> None:
-        """Write a number, or [b, 1], at the targets that are inside."""
-        old = block.gather(1, self.position)
+        """Write a number, or [..., b, 1], at the targets that are inside."""
+        old = self.take(block)
         value = value if isinstance(value, Tensor) else torch.full_like(old, value)
-        block.scatter_(1, self.position, torch.where(self.inside, value, old))
+        block.scatter_(-1, self.position.expand_as(old), torch.where(self.inside, value, old))
 
 
 class Accumulator:
-    """Row sums of M + 1 opinions over blocks of classes, each a list of [B]; the last is the fused opinion."""
+    """Row sums of M + 1 opinions over blocks of classes, each [M + 1, B]; the last is the fused opinion."""
 
     def __init__(self, blocks: Blocks, sums: Sums) -> None:
         self.classes, self.log_w, self.sums = blocks.problem.classes, blocks.log_w, sums
 
-        def rows(value: float) -> list[Tensor]:
-            return list(blocks.image.new_full((blocks.M + 1, blocks.B), value).unbind())
+        def rows(value: float) -> Tensor:
+            return blocks.image.new_full((blocks.M + 1, blocks.B), value)
 
         self.log_sum = rows(-math.inf)
         self.log_target = None if sums.target is None else rows(0.0)
         self.log_square = rows(-math.inf) if sums.square else None
         self.kl_sum = rows(0.0) if sums.kl else None
 
-    def add(self, m: int, rows: slice, columns: slice, block: Block) -> None:
-        """Add one block of opinion m; its values are left as they were."""
+    def add(self, opinions: slice | int, rows: slice, columns: slice, block: Block) -> None:
+        """Add a block [b, k] of one opinion, or [g, b, k] of several; its values are left as they were."""
+        here = opinions, rows
         place = Place.of(self.sums.target, rows, columns)
         if place is not None:
             assert self.log_target is not None
-            kept = block.values.gather(1, place.position)
+            kept = place.take(block.values)
             mine = Block(kept, block.kind).log_alpha(self.classes)
-            self.log_target[m][rows] += torch.where(place.inside, mine, 0.0).squeeze(1)
+            self.log_target[here] += torch.where(place.inside, mine, 0.0).squeeze(-1)
             place.put(block.values, block.nothing)
-        merge(self.log_sum[m][rows], block.log_sum(), columns)
+        merge(self.log_sum[here], block.log_sum(), columns)
         if self.log_square is not None or self.kl_sum is not None:
             log_alpha = block.log_alpha(self.classes)
             if self.kl_sum is not None:
                 share = kl_element(log_alpha + self.log_w)
                 if place is not None:
                     place.put(share, 0.0)
-                self.kl_sum[m][rows] += share.sum(-1)
+                self.kl_sum[here] += share.sum(-1)
             if self.log_square is not None:
                 log_alpha.mul_(2)
                 if place is not None:
                     place.put(log_alpha, -math.inf)
-                merge(self.log_square[m][rows], torch.logsumexp(log_alpha, -1), columns)
+                merge(self.log_square[here], torch.logsumexp(log_alpha, -1), columns)
         if place is not None:
             place.put(block.values, kept)
 
@@ -114,18 +121,18 @@ class Accumulator:
 
         Evidence is that of the classes at hand; the prior is always that of all.
         """
-        log_sum = torch.stack(self.log_sum, 1)
+        log_sum = self.log_sum.T
         if self.sums.target is None:
             return softplus(log_sum)
         if self.classes == 1:
             return log_sum
         constant = math.log((self.classes - 1) / self.classes)
-        return softplus(log_sum.sub_(constant)).add_(constant)
+        return softplus(log_sum - constant).add_(constant)
 
     def results(self) -> tuple[Tensor | None, ...]:
         """log_rest (or ``-ln u``), log_target, log_square and kl_sum, each [B, M + 1] or None."""
         others = (self.log_target, self.log_square, self.kl_sum)
-        return self.total(), *(None if x is None else torch.stack(x, 1) for x in others)
+        return self.total(), *(None if x is None else x.T for x in others)
 
 
 def merge(running: Tensor, here: Tensor, columns: slice) -> None:
@@ -156,11 +163,12 @@ def sum_prompts(blocks: Blocks) -> Tensor:
     accumulator = Accumulator(blocks, Sums(None))
     for columns in spans(blocks.K, blocks.columns):
         factors = blocks.factors(blocks.lengths(columns), columns)
-        for m in range(blocks.M):
-            text = blocks.text(m, columns)
+        for prompts in blocks.groups:
+            text = blocks.text(prompts, columns)
             for rows in spans(blocks.B, blocks.rows):
-                z = blocks.product(m, rows, text, "logits")
-                accumulator.add(m, rows, columns, blocks.evidence(m, blocks.logits(m, z, factors[m], z)))
+                z = blocks.product(prompts, rows, text, blocks.buffer("logits", prompts, rows, columns))
+                block = blocks.evidence(prompts, blocks.logits(prompts, z, factors, z))
+                accumulator.add(prompts, rows, columns, block)
     return accumulator.total()[:, : blocks.M]
 
 
@@ -171,18 +179,18 @@ def sweep(
     weights = fusion_weights(blocks)
     for columns in spans(blocks.K, blocks.columns):
         factors = blocks.factors(blocks.lengths(columns), columns)
-        texts = [blocks.text(m, columns) for m in range(blocks.M)]
+        texts = [blocks.text(prompts, columns) for prompts in blocks.groups]
         for rows in spans(blocks.B, blocks.rows):
-            size = rows.stop - rows.start, columns.stop - columns.start
-            out = blocks.buffer("fused", *size) if log_ratio is None else log_ratio[rows, columns]
+            out = blocks.buffer("fused", ONE, rows, columns)[0] if log_ratio is None else log_ratio[rows, columns]
             fusion = Fusion(blocks, out)
-            for m, (text, weight) in enumerate(zip(texts, weights_at(weights, rows), strict=True)):
-                product = blocks.product(m, rows, text, "logits")
-                # the first prompt's evidence is made where the fused evidence will be
-                z = blocks.logits(m, product, factors[m], product if m else out)
-                block = blocks.evidence(m, z)
-                accumulator.add(m, rows, columns, block)
-                fusion.add(block, weight)
+            here = weights_at(weights, rows)
+            for prompts, text in zip(blocks.groups, texts, strict=True):
+                product = blocks.product(prompts, rows, text, blocks.buffer("logits", prompts, rows, columns))
+                # evidence of a first prompt by itself is made where the fused evidence will be
+                z = blocks.logits(prompts, product, factors, out.unsqueeze(0) if prompts == ONE else product)
+                block = blocks.evidence(prompts, z)
+                accumulator.add(prompts, rows, columns, block)
+                fusion.add(block, here[prompts])
             accumulator.add(blocks.M, rows, columns, fusion.block())
             yield rows, columns, fusion
 
@@ -193,8 +201,8 @@ def row_sums(image: Tensor, problem: Problem, sums: Sums, want_log_ratio: bool) 
     image is normalised already, in the problem's dtype. Without a target the row sums are just ``-ln u``. The
     last column of each is the fused opinion's.
     """
-    held = 2 if want_log_ratio else 3
-    blocks = Blocks(problem, image, held + sums.held, math.prod(problem.sizes))
+    held = 0 if want_log_ratio else 1
+    blocks = Blocks(problem, image, held, 1 + sums.held, math.prod(problem.sizes))
     log_ratio = image.new_empty(blocks.B, blocks.K) if want_log_ratio else None
     accumulator = Accumulator(blocks, sums)
     for _, _, fusion in sweep(blocks, accumulator, log_ratio):
@@ -231,8 +239,8 @@ class RowSumsFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("backend='blocked' has", "; use backend='reference'")
         image, _, _, _, _, total, log_target, log_square = ctx.saved_tensors
-        held = ctx.problem.sizes[1] + 8 + ctx.sums.held  # every prompt's products, to be made only once
-        blocks = Blocks(ctx.problem, image, held, math.prod(ctx.problem.sizes))
+        held = ctx.problem.sizes[1] + 7 + ctx.sums.held  # every prompt's products, to be made only once
+        blocks = Blocks(ctx.problem, image, held, 1, math.prod(ctx.problem.sizes))
         slopes = RowSlopes(blocks, ctx.sums, total, log_target, log_square, g_total, g_target, g_square, g_kl)
         g_ratio = g_ratio if ctx.want_log_ratio else None
         return *gradients(blocks, slopes, g_ratio, ctx.needs_input_grad), None, None, None
@@ -272,7 +280,7 @@ class RowSlopes(NamedTuple):
         place = Place.of(self.sums.target, rows, columns)
         if place is not None:
             assert self.log_target is not None and self.g_target is not None
-            mine = torch.exp(lead.gather(1, place.position) - column(self.log_target))
+            mine = torch.exp(place.take(lead) - column(self.log_target))
             place.put(grad, mine * column(self.g_target))
         return grad
 
@@ -283,19 +291,19 @@ class FusedSlope(NamedTuple):
     blocks: Blocks
     rows: slice
     columns: slice
-    products: list[Tensor]
-    texts: list[Tensor]
+    products: Tensor  # [M, b, k]
+    texts: list[Tensor]  # [k, D] of each prompt
     lengths: Tensor | None
-    factors: Sequence[Tensor]
+    factors: Tensor
     weights: Weights
     log_ratio: Tensor
     grad: Tensor
 
     def prompt(self, m: int) -> tuple[Tensor, Tensor | None]:
         """``y = ln v`` of one prompt, and dy/dz (None for 1)."""
-        product = self.products[m]
-        out = self.blocks.buffer("logits", *product.shape)
-        z = self.blocks.logits(m, product, self.factors[m], out)
+        one = slice(m, m + 1)
+        out = self.blocks.buffer("logits", ONE, self.rows, self.columns)
+        z = self.blocks.logits(one, self.products[one], self.factors, out)[0]
         activation = self.blocks.problem.activation
         if activation == "exp":
             return z, None
@@ -320,21 +328,21 @@ def fused_slopes(blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, weig
     for columns in spans(blocks.K, blocks.columns):
         lengths = blocks.lengths(columns)
         factors = blocks.factors(lengths, columns)
-        texts = [blocks.text(m, columns) for m in range(blocks.M)]
+        texts = [blocks.text(prompts, columns) for prompts in blocks.groups]
+        each_text = [t for text in texts for t in text.unbind()]
         for rows in spans(blocks.B, blocks.rows):
-            size = rows.stop - rows.start, columns.stop - columns.start
-            fusion = Fusion(blocks, blocks.buffer("fused", *size))
+            products = blocks.buffer("products", slice(0, blocks.M), rows, columns)
+            fusion = Fusion(blocks, blocks.buffer("fused", ONE, rows, columns)[0])
             here = weights_at(weights, rows)
-            products = []
-            for m, text in enumerate(texts):
-                products.append(blocks.product(m, rows, text, f"product {m}"))
-                z = blocks.logits(m, products[m], factors[m], blocks.buffer("logits", *size))
-                fusion.add(blocks.evidence(m, z), here[m])
+            for prompts, text in zip(blocks.groups, texts, strict=True):
+                product = blocks.product(prompts, rows, text, products[prompts])
+                z = blocks.logits(prompts, product, factors, blocks.buffer("logits", prompts, rows, columns))
+                fusion.add(blocks.evidence(prompts, z), here[prompts])
             log_ratio = fusion.log_ratio()
             grad = slopes.at(blocks.M, rows, columns, Block(log_ratio, LOG1P))
             if g_ratio is not None:
                 grad.add_(g_ratio[rows, columns])
-            yield FusedSlope(blocks, rows, columns, products, texts, lengths, factors, here, log_ratio, grad)
+            yield FusedSlope(blocks, rows, columns, products, each_text, lengths, factors, here, log_ratio, grad)
 
 
 class Confidence:
@@ -387,7 +395,7 @@ def gradients(
                 g_weight[rows, m] += fused.by_weight(y)
             if dy_dz is not None:
                 grad.mul_(dy_dz)
-            text, images = fused.texts[m], blocks.images(m, rows)
+            text, images = fused.texts[m], blocks.images(slice(m, m + 1), rows)[0]
             length = None if fused.lengths is None else fused.lengths[m]
             if g_bias is not None:
                 g_bias[m] += grad.sum()
@@ -455,7 +463,7 @@ def fused_opinion(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :mod:`cdc_ops.backends`; a running top-k over blocks of classes."""
     B, M, K = problem.sizes
-    blocks = Blocks(problem, prepared_image(problem), 2, B * K)
+    blocks = Blocks(problem, prepared_image(problem), 1, 1, B * K)
     accumulator = Accumulator(blocks, Sums(None))
     best: dict[int, tuple[Tensor, Tensor]] = {}  # values and classes so far, by first row of the block
     for rows, columns, fusion in sweep(blocks, accumulator):

@@ -1,7 +1,8 @@
 """Blocks of images and classes: how the blocked backend makes evidence and folds prompts together, in place.
 
 A block is at most ``BLOCK_ROWS`` images by about ``BLOCK_COLUMNS`` classes, small enough to stay in a core's cache from
-the matrix product to the last row sum.
+the matrix product to the last row sum. Two prompts' blocks are made at once where there is room: half of the threads
+then multiplies for each of them, which is faster than all of them cutting up one small product, and makes fewer calls.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def exp_(x: Tensor) -> Tensor:
 
 
 class Block(NamedTuple):
-    """Evidence of one prompt, or fused, over [b, k]: values are ``v = e / W``, ``ln v`` or ``ln(1 + v)``."""
+    """Evidence of prompts, or fused, [..., b, k]: values are ``v = e / W``, ``ln v`` or ``ln(1 + v)``."""
 
     values: Tensor
     kind: str
@@ -49,7 +50,7 @@ class Block(NamedTuple):
         return -math.inf if self.kind == LOG else 0.0
 
     def log_sum(self) -> Tensor:
-        """``ln sum_k v_k`` [b]."""
+        """``ln sum_k v_k`` [..., b]."""
         x = self.values
         if self.kind == LINEAR:
             return x.sum(-1).log_()
@@ -88,13 +89,14 @@ def even_step(total: int, most: int) -> int:
 class Blocks:
     """A problem cut into blocks, with the buffers they are made in.
 
-    ``held``: how many blocks a pass has at once, when evidence is made in linear space; with the lengths and factors of
+    ``held``: how many blocks a pass has at once beside its prompts' logits, and ``each``: how many for each prompt
+    whose evidence is made, logits included, when it is made in linear space; with the lengths and factors of
     their classes they stay below ``whole`` numbers.
 
     On a CPU a block is a millisecond's work and every PyTorch call a few microseconds, so views are made once.
     """
 
-    def __init__(self, problem: Problem, image: Tensor, held: int, whole: int) -> None:
+    def __init__(self, problem: Problem, image: Tensor, held: int, each: int, whole: int) -> None:
         self.problem, self.image = problem, image
         self.B, self.M, self.K = problem.sizes
         self.rows = max(1, min(BLOCK_ROWS, self.B))
@@ -109,27 +111,37 @@ class Blocks:
         constant = constant - self.log_w if problem.activation == "exp" else constant
         self.known_bounds, self.may_underflow = self._from_unit_length(constant)
         if problem.activation != "exp" or self.known_bounds is None:
-            held += 3  # an activation, or a step in log space, makes blocks of its own
-        room = 3 * whole // (4 * (held * self.rows + 4 * self.M))
-        self.columns = even_step(self.K, min(most, max(LEAST_COLUMNS, room)))
-        self._constant = constant.unbind()
-        self._text = problem.text.unbind()
-        self._image = [image] * self.M if image.dim() == 2 else image.unbind(1)
+            held, each = held + 1, each + 3  # an activation, or a step in log space, makes blocks of its own
+
+        def columns(prompts: int) -> int:
+            room = 3 * whole // (4 * ((held + each * prompts) * self.rows + 4 * self.M))
+            return even_step(self.K, min(most, max(LEAST_COLUMNS, room)))
+
+        def products(prompts: int) -> int:
+            return math.ceil(self.M / prompts) * math.ceil(self.K / columns(prompts))
+
+        one_thread = image.device.type == "cpu" and torch.get_num_threads() == 1
+        together = 1 if one_thread else min((1, min(2, self.M)), key=products)
+        self.columns = columns(together)
+        #: the prompts whose blocks are made at once
+        self.groups = list(spans(self.M, together))
+        self._constant = constant.view(-1, 1, 1)
+        self._image = image.unsqueeze(0).expand(self.M, -1, -1) if image.dim() == 2 else image.transpose(0, 1)
         self._memory: dict[str, Tensor] = {}
-        self._buffers: dict[tuple[str, int, int], Tensor] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # popping from a dict is atomic: no two threads, and no two problems in one thread, share a block
-        kept = _idle.pop(problem.dtype, None) if image.device.type == "cpu" else None
-        if kept is not None and kept.numel() >= self.rows * self.columns:
-            self._memory["logits"] = kept
+        self._spare = _idle.pop(problem.dtype, None) if image.device.type == "cpu" else None
+        self._kept = self._spare
 
     def close(self) -> None:
         """Hand the block of logits back for the next call."""
-        kept = self._memory.get("logits")
-        if type(kept) is not Tensor or kept.device.type != "cpu" or kept.is_inference():
-            kept = None
-        if kept is not None:
+        kept, logits = self._kept, self._memory.get("logits")
+        if kept is None or (logits is not None and logits.numel() > kept.numel()):
+            kept = logits
+        if type(kept) is Tensor and kept.device.type == "cpu" and not kept.is_inference():
             _idle.clear()  # one block at most outlives a call
             _idle[self.problem.dtype] = kept
+        self._spare = self._kept = None
         self._memory.clear()
         self._buffers.clear()
 
@@ -145,23 +157,31 @@ class Blocks:
             may_underflow |= c - abs(scale) < math.log(torch.finfo(self.problem.dtype).tiny) + 1
         return (bounds if sum(bounds) < self.limit else None), may_underflow
 
-    def buffer(self, name: str, rows: int, columns: int) -> Tensor:
-        """A reusable block; it holds whatever was left there."""
-        key = name, rows, columns
+    def buffer(self, name: str, *place: slice) -> Tensor:
+        """Reusable blocks [g, b, k] for prompts, images and classes; they hold whatever was left there."""
+        sizes = tuple(part.stop - part.start for part in place)
+        key = name, sizes
         if key not in self._buffers:
-            if name not in self._memory:  # smaller blocks at the edges live in a large one's memory
-                self._memory[name] = self.image.new_empty(self.rows * self.columns)
-            self._buffers[key] = self._memory[name][: rows * columns].view(rows, columns)
+            size = math.prod(sizes)
+            if name not in self._memory or self._memory[name].numel() < size:
+                self._memory[name] = self._take(size)  # the first block is the largest
+            self._buffers[key] = self._memory[name][:size].view(sizes)
         return self._buffers[key]
 
-    def text(self, m: int, columns: slice) -> Tensor:
-        """Text features of one prompt and block of classes [k, D], not normalised."""
-        text = self._text[m] if self.columns == self.K else self._text[m][columns]
-        return text.to(self.problem.dtype)
+    def _take(self, size: int) -> Tensor:
+        """Memory that an earlier call left, as far as it goes, then new memory."""
+        if self._spare is None or self._spare.numel() < size:
+            return self.image.new_empty(size)
+        taken, self._spare = self._spare[:size], self._spare[size:]
+        return taken
 
-    def images(self, m: int, rows: slice) -> Tensor:
-        """Image features of one prompt and block of images [b, D]."""
-        return self._image[m] if self.rows == self.B else self._image[m][rows]
+    def text(self, prompts: slice, columns: slice) -> Tensor:
+        """Text features [g, k, D] of prompts and a block of classes, not normalised."""
+        return self.problem.text[prompts, columns].to(self.problem.dtype)
+
+    def images(self, prompts: slice, rows: slice) -> Tensor:
+        """Image features [g, b, D] of prompts and a block of images."""
+        return self._image[prompts, rows]
 
     def lengths(self, columns: slice) -> Tensor | None:
         """Lengths [M, k] that text is to be divided by, or None when features are taken as they are."""
@@ -170,28 +190,27 @@ class Blocks:
         norm = self.problem.text_norm
         if norm is not None:
             return norm[:, columns].to(self.problem.dtype).clamp_min(EPS)
-        norms = [torch.linalg.vector_norm(self.text(m, columns), dim=-1) for m in range(self.M)]
-        return torch.stack(norms).clamp_min_(EPS)
+        norms = [torch.linalg.vector_norm(self.text(prompts, columns), dim=-1) for prompts in self.groups]
+        return torch.cat(norms).clamp_min_(EPS)
 
-    def factors(self, lengths: Tensor | None, columns: slice) -> Sequence[Tensor]:
-        """What <x, t> of each prompt is multiplied by to give z: [k]."""
+    def factors(self, lengths: Tensor | None, columns: slice) -> Tensor:
+        """What <x, t> of each prompt is multiplied by to give z: [M, 1, k]."""
         scale = self.problem.scale.unsqueeze(1)
         if lengths is None:  # written out: PyTorch vectorises a row, not a broadcast number
-            return scale.repeat(1, columns.stop - columns.start).unbind()
-        return (scale / lengths).unbind()
+            return scale.repeat(1, columns.stop - columns.start).unsqueeze(1)
+        return (scale / lengths).unsqueeze(1)
 
-    def product(self, m: int, rows: slice, text: Tensor, name: str) -> Tensor:
-        """``<x, t>`` [b, k] in the buffer ``name``."""
-        x = self.images(m, rows)
-        return torch.mm(x, text.T, out=self.buffer(name, x.shape[0], text.shape[0]))
+    def product(self, prompts: slice, rows: slice, text: Tensor, out: Tensor) -> Tensor:
+        """``<x, t>`` [g, b, k] of prompts, whose text [g, k, D] is given, into ``out``."""
+        return torch.bmm(self.images(prompts, rows), text.transpose(1, 2), out=out)
 
-    def logits(self, m: int, product: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-        """Logits z (for exp evidence ``ln v = z - ln W``) from products, into ``out``."""
-        return torch.addcmul(self._constant[m], product, factor, out=out)
+    def logits(self, prompts: slice, product: Tensor, factors: Tensor, out: Tensor) -> Tensor:
+        """Logits z (for exp evidence ``ln v = z - ln W``) from products [g, b, k], into ``out``."""
+        return torch.addcmul(self._constant[prompts], product, factors[prompts], out=out)
 
-    def evidence(self, m: int, z: Tensor) -> Block:
+    def evidence(self, prompts: slice, z: Tensor) -> Block:
         """Evidence from :meth:`logits`, in place."""
-        known = None if self.known_bounds is None else self.known_bounds[m]
+        known = None if self.known_bounds is None else max(self.known_bounds[prompts])
         if self.problem.activation == "exp":
             bound = log1p_exp(float(z.amax())) if known is None else known
             if not bound < self.limit:  # also for nan
@@ -219,30 +238,36 @@ class Fusion:
     def __init__(self, blocks: Blocks, out: Tensor) -> None:
         self.dempster = blocks.problem.rule == "dempster"
         self.limit = blocks.limit
-        self.out = out  # holds the linear part
+        self.out = out  # [b, k] where the linear part will be
         self.linear: Block | None = None
         self.log: Tensor | None = None  # ln(1 + v) for Dempster, ln v for the others
 
-    def add(self, block: Block, weight: Tensor | float) -> None:
-        """Fold in one block, whose values are used up. weight: number or [b, 1]; Dempster ignores it."""
-        v = block.values
-        if block.kind == LOG:
-            if not self.dempster:
-                v = v + (torch.log(weight) if isinstance(weight, Tensor) else math.log(weight))
-            self._add_log(softplus(v) if self.dempster else v)
-            return
-        if not self.dempster:
-            v = v.mul_(weight)
-        elif self.linear is not None and self.linear.bound + block.bound > self.limit:
+    def add(self, block: Block, weights: Sequence[Tensor | float]) -> None:
+        """Fold in blocks [g, b, k], whose values are used up. weights: number or [b, 1] each; Dempster ignores them."""
+        for v, weight in zip(block.values.unbind(), weights, strict=True):
+            if block.kind == LOG:
+                if not self.dempster:
+                    v = v + (torch.log(weight) if isinstance(weight, Tensor) else math.log(weight))
+                self._add_log(softplus(v) if self.dempster else v)
+            else:
+                self._add_linear(v if self.dempster else v.mul_(weight), block.bound)
+        self._keep()
+
+    def _add_linear(self, v: Tensor, bound: float) -> None:
+        if self.dempster and self.linear is not None and self.linear.bound + bound > self.limit:
             self._retire()
         if self.linear is None:
-            if v.data_ptr() != self.out.data_ptr():
-                self.out.copy_(v)
-            self.linear = Block(self.out, LINEAR, block.bound)
+            self.linear = Block(v, LINEAR, bound)
             return
+        q = self.linear.values
         if self.dempster:
-            torch.addcmul(v, v, self.out, out=v)
-        self.linear = Block(self.out.add_(v), LINEAR, self.linear.bound + block.bound)
+            torch.addcmul(v, v, q, out=v)
+        self.linear = Block(torch.add(q, v, out=self.out), LINEAR, self.linear.bound + bound)
+
+    def _keep(self) -> None:
+        """Move a linear part that still lies in the prompts' blocks to where it stays."""
+        if self.linear is not None and self.linear.values.data_ptr() != self.out.data_ptr():
+            self.linear = self.linear._replace(values=self.out.copy_(self.linear.values))
 
     def _add_log(self, x: Tensor) -> None:
         if self.log is None:
@@ -255,7 +280,8 @@ class Fusion:
     def _retire(self) -> None:
         """Move the linear part into the logarithmic one."""
         if self.linear is not None:
-            self._add_log(torch.log1p(self.out) if self.dempster else torch.log(self.out))
+            q = self.linear.values
+            self._add_log(torch.log1p(q) if self.dempster else torch.log(q))
             self.linear = None
 
     def block(self) -> Block:
