@@ -256,7 +256,7 @@ def finite_lengths(name: str, x: Tensor, readings: Readings | None = None) -> Te
     mine = readings or Readings()
     with torch.no_grad():
         dtype = torch.promote_types(x.dtype, torch.float32)
-        lengths = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=dtype)
+        lengths = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
 
         def check(total: float) -> None:
             if not math.isfinite(total):

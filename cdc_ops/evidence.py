@@ -1,6 +1,7 @@
 """From logits to evidence: the three activations, in linear and in log space."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ ACTIVATIONS = ("exp", "softplus", "relu")
 def at_least_float32(x: Tensor) -> Tensor:
     """Half and bfloat16 become float32; float32 and float64 stay: evidence is never computed in half precision."""
     return x.float() if x.dtype.itemsize < 4 else x
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context without autocast; nothing at all, which is faster, where there is none."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def evidence_from_logits(logits: Tensor, activation: str = "exp") -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cdc_ops import checks
-from cdc_ops.evidence import at_least_float32
+from cdc_ops.evidence import at_least_float32, full_precision
 
 
 def frontdoor_adjust(
@@ -42,7 +42,7 @@ def frontdoor_adjust(
             raise ValueError(f"x_weight must have shape [{p_y.shape[0]}]; got {checks.came(x_weight)}")
         checks.same_device("semantic_given_x", p_s, x_weight=x_weight)
         checks.positive_sum("x_weight", x_weight)
-    with torch.autocast(p_s.device.type, enabled=False):
+    with full_precision(p_s.device):
         if x_weight is None:
             marginal = p_y.mean(0)
         else:
@@ -59,7 +59,7 @@ def own_mixture(semantic_given_x: Tensor, class_given_semantic_x: Tensor) -> Ten
             f"class_given_semantic_x must have shape [B, S, K] to match semantic_given_x {list(p_s.shape)}; "
             f"got {checks.came(p_y)}"
         )
-    with torch.autocast(p_s.device.type, enabled=False):
+    with full_precision(p_s.device):
         return torch.einsum("bs,bsk->bk", p_s, p_y)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from cdc_ops import checks
 from cdc_ops.backends import LossForm, choose, kernels
 from cdc_ops.dirichlet import FORMS, dirichlet_loss
-from cdc_ops.evidence import at_least_float32, log_ratio_from_evidence
+from cdc_ops.evidence import at_least_float32, full_precision, log_ratio_from_evidence
 from cdc_ops.similarity import make_problem
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -102,7 +102,7 @@ def evidential_cross_entropy(
     B, _, K = problem.sizes
     target = checks.target(target, [B], K, image.device, readings)
     readings.read()
-    with torch.autocast(image.device.type, enabled=False):
+    with full_precision(image.device):
         return reduce(choose(backend, problem).evidential_loss(problem, target, loss), reduction)
 
 
@@ -175,7 +175,7 @@ def decoupling_loss(text: Tensor, kind: str = "cosine", *, backend: str | None =
     triton = kernels(backend, text)
     if triton is not None and (backend == "triton" or triton.takes_text(text)):
         return triton.decoupling_sum(text, kind == "cosine_squared") / pairs
-    with torch.autocast(text.device.type, enabled=False):
+    with full_precision(text.device):
         t = F.normalize(at_least_float32(text), dim=-1).transpose(0, 1)
         cosine = t @ t.transpose(1, 2)  # [K, M, M]
         if kind == "cosine_squared":
@@ -216,7 +216,7 @@ def consistency_loss(text: Tensor, anchor: Tensor, temperature: float = 0.01) ->
     checks.finite_lengths("text", text)
     checks.finite_lengths("anchor", anchor)
     temperature = checks.number("temperature", temperature, low=0.0, open_low=True)
-    with torch.autocast(text.device.type, enabled=False):
+    with full_precision(text.device):
         dtype = torch.promote_types(text.dtype, anchor.dtype)
         cosine = F.normalize(text.to(dtype), dim=-1) @ F.normalize(anchor.to(dtype), dim=-1).T
         target = torch.arange(K, device=text.device).repeat(M)

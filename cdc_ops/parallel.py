@@ -41,6 +41,7 @@ from torch import Tensor
 from cdc_ops import checks
 from cdc_ops.backends import Backend, LossForm, Problem, choose, loss_from_sums, refuse_second_derivatives
 from cdc_ops.dirichlet import RowSums, merged
+from cdc_ops.evidence import full_precision
 from cdc_ops.fusion import confidence_weight
 from cdc_ops.losses import make_loss_form, reduce
 from cdc_ops.opinion import Opinion, belief_of, prob_of
@@ -344,7 +345,7 @@ def fused_opinion(
     """
     arguments = scale, bias, activation, rule, prior_weight, normalize
     shard = make_shard(group, image, text, arguments, backend)
-    with torch.autocast(image.device.type, enabled=False):
+    with full_precision(image.device):
         chosen = choose(backend, shard.problem)
         log_ratio, log_partition, prompts = chosen.fused_opinion(shard.weighted(chosen))
         whole = log_row_sum(shard.gather(torch.cat([log_partition.unsqueeze(1), prompts], 1)), 0)
@@ -389,7 +390,7 @@ def fused_topk(
     >>> dist.destroy_process_group()
     """
     arguments = scale, bias, activation, rule, prior_weight, normalize
-    with torch.no_grad(), torch.autocast(getattr(image, "device", torch.device("cpu")).type, enabled=False):
+    with torch.no_grad(), full_precision(getattr(image, "device", torch.device("cpu"))):
         shard = make_shard(group, image, text, arguments, backend, lambda: k)
         checks.how_many("k", k, shard.problem.classes)
         chosen = choose(backend, shard.problem)
@@ -455,7 +456,7 @@ def evidential_cross_entropy(
     shard = make_shard(group, image, text, arguments, backend, lambda: (loss_form(), reduction), (target,))
     loss = loss_form()
     assert shard.target is not None
-    with torch.autocast(image.device.type, enabled=False):
+    with full_precision(image.device):
         chosen = choose(backend, shard.problem)
         sums = chosen.loss_sums(shard.weighted(chosen), shard.target, loss)
         parts = iter(shard.gather(torch.stack([x for x in sums if x is not None])).unbind(1))

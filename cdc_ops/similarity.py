@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cdc_ops import checks
 from cdc_ops.backends import Problem, choose
-from cdc_ops.evidence import ACTIVATIONS, evidence_from_log_ratio
+from cdc_ops.evidence import ACTIVATIONS, evidence_from_log_ratio, full_precision
 from cdc_ops.fusion import RULES, conflict_from_log_partition
 from cdc_ops.opinion import Opinion, belief_of, prob_of
 
@@ -220,7 +220,7 @@ def fused_opinion(
     (tensor([0, 1]), torch.Size([2]), torch.Size([2, 2]))
     """
     problem = make_problem(image, text, scale, bias, activation, rule, prior_weight, normalize)
-    with torch.autocast(image.device.type, enabled=False):
+    with full_precision(image.device):
         log_ratio, log_partition, prompts = choose(backend, problem).fused_opinion(problem)
     return FusedOpinion(log_ratio, log_partition, prompts, problem.prior_weight, rule)
 
@@ -260,5 +260,5 @@ def fused_topk(
     """
     problem = make_problem(image, text, scale, bias, activation, rule, prior_weight, normalize)
     checks.how_many("k", k, problem.classes)
-    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+    with torch.no_grad(), full_precision(image.device):
         return TopK.of(*choose(backend, problem).fused_topk(problem, k), problem.classes)

@@ -19,7 +19,6 @@ Only "reference" has second derivatives; the others refuse them, in the backward
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -154,7 +153,9 @@ def choose(name: str | None, problem: Problem) -> Backend:
         from cdc_ops.backends import reference
 
         return cast(Backend, reference)
-    return cast(Backend, importlib.import_module("cdc_ops.backends.blocked"))
+    from cdc_ops.backends import blocked
+
+    return cast(Backend, blocked)
 
 
 def kernels(name: str | None, x: Tensor, prior_weight: float = 1.0) -> ModuleType | None:

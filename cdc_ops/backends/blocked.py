@@ -19,7 +19,7 @@ copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdc_ops.backends import LossForm, Problem, loss_from_sums, refuse_second_derivatives
-from cdc_ops.backends.blocks import EPS, LOG, LOG1P, Block, Blocks, Fusion, exp_, spans
+from cdc_ops.backends.blocks import EPS, LOG, LOG1P, Block, Blocks, Fusion, Group, exp_, spans
 from cdc_ops.dirichlet import RowSums
 from cdc_ops.fusion import confidence_weight
 from cdc_ops.special import kl_element, kl_slope, softplus
@@ -77,67 +77,70 @@ class Place(NamedTuple):
 
 
 class Accumulator:
-    """Row sums of M + 1 opinions over blocks of classes, each [M + 1, B]; the last is the fused opinion."""
+    """Row sums of M + 1 opinions over blocks of classes; the last is the fused opinion."""
 
     def __init__(self, blocks: Blocks, sums: Sums) -> None:
-        self.classes, self.log_w, self.sums = blocks.problem.classes, blocks.log_w, sums
+        self.blocks, self.sums = blocks, sums
+        # of every kind that is asked for, [g, b] by first opinion and first image
+        self.parts: dict[str, dict[tuple[int, int], Tensor]] = {}
 
-        def rows(value: float) -> Tensor:
-            return blocks.image.new_full((blocks.M + 1, blocks.B), value)
+    def add(self, opinions: slice, rows: slice, columns: slice, block: Block) -> None:
+        """Add a block [g, b, k] of opinions; its values are left as they were."""
 
-        self.log_sum = rows(-math.inf)
-        self.log_target = None if sums.target is None else rows(0.0)
-        self.log_square = rows(-math.inf) if sums.square else None
-        self.kl_sum = rows(0.0) if sums.kl else None
+        def put(kind: str, here: Tensor, plus: Callable[[Tensor, Tensor], Tensor]) -> None:
+            parts, key = self.parts.setdefault(kind, {}), (opinions.start, rows.start)
+            parts[key] = plus(parts[key], here) if key in parts else here
 
-    def add(self, opinions: slice | int, rows: slice, columns: slice, block: Block) -> None:
-        """Add a block [b, k] of one opinion, or [g, b, k] of several; its values are left as they were."""
-        here = opinions, rows
+        classes = self.blocks.problem.classes
         place = Place.of(self.sums.target, rows, columns)
         if place is not None:
-            assert self.log_target is not None
             kept = place.take(block.values)
-            mine = Block(kept, block.kind).log_alpha(self.classes)
-            self.log_target[here] += torch.where(place.inside, mine, 0.0).squeeze(-1)
+            mine = Block(kept, block.kind).log_alpha(classes)
+            put("log_target", torch.where(place.inside, mine, 0.0).squeeze(-1), torch.add)
             place.put(block.values, block.nothing)
-        merge(self.log_sum[here], block.log_sum(), columns)
-        if self.log_square is not None or self.kl_sum is not None:
-            log_alpha = block.log_alpha(self.classes)
-            if self.kl_sum is not None:
-                share = kl_element(log_alpha + self.log_w)
+        put("log_sum", block.log_sum(), torch.logaddexp)
+        if self.sums.square or self.sums.kl:
+            log_alpha = block.log_alpha(classes)
+            if self.sums.kl:
+                share = kl_element(log_alpha + self.blocks.log_w)
                 if place is not None:
                     place.put(share, 0.0)
-                self.kl_sum[here] += share.sum(-1)
-            if self.log_square is not None:
+                put("kl_sum", share.sum(-1), torch.add)
+            if self.sums.square:
                 log_alpha.mul_(2)
                 if place is not None:
                     place.put(log_alpha, -math.inf)
-                merge(self.log_square[here], torch.logsumexp(log_alpha, -1), columns)
+                put("log_square", torch.logsumexp(log_alpha, -1), torch.logaddexp)
         if place is not None:
             place.put(block.values, kept)
 
+    def _whole(self, kind: str) -> Tensor:
+        """The row sums of one kind [opinions, B]."""
+        parts = self.parts.get(kind)
+        if parts is None:  # no images
+            return self.blocks.image.new_empty(self.blocks.M + 1, 0)
+        opinions, images = (sorted(set(starts)) for starts in zip(*parts, strict=True))
+        whole = [torch.cat([parts[first, row] for first in opinions]) for row in images]
+        return whole[0] if len(whole) == 1 else torch.cat(whole, 1)
+
     def total(self) -> Tensor:
-        """``ln(sum alpha / W)`` [B, M + 1] over all classes but the target, or over all when there is none.
+        """log_rest [B, opinions]: ``ln(sum_k v_k + (K - 1) / K)``, and ``ln(sum_k v_k + 1) = -ln u`` without a target.
 
         Evidence is that of the classes at hand; the prior is always that of all.
         """
-        log_sum = self.log_sum.T
+        log_sum, classes = self._whole("log_sum"), self.blocks.problem.classes
         if self.sums.target is None:
-            return softplus(log_sum)
-        if self.classes == 1:
-            return log_sum
-        constant = math.log((self.classes - 1) / self.classes)
-        return softplus(log_sum - constant).add_(constant)
+            return softplus(log_sum).T
+        if classes == 1:
+            return log_sum.T
+        constant = math.log((classes - 1) / classes)
+        return softplus(log_sum - constant).add_(constant).T
 
     def results(self) -> tuple[Tensor | None, ...]:
         """log_rest (or ``-ln u``), log_target, log_square and kl_sum, each [B, M + 1] or None."""
-        others = (self.log_target, self.log_square, self.kl_sum)
-        return self.total(), *(None if x is None else x.T for x in others)
-
-
-def merge(running: Tensor, here: Tensor, columns: slice) -> None:
-    """Add the block's sum to the running one, both logarithms, in place."""
-    running.copy_(here if columns.start == 0 else torch.logaddexp(running, here))
+        asked = (self.sums.target is not None, self.sums.square, self.sums.kl)
+        others = zip(asked, ("log_target", "log_square", "kl_sum"), strict=True)
+        return self.total(), *(self._whole(kind).T if wanted else None for wanted, kind in others)
 
 
 def fusion_weights(blocks: Blocks) -> Weights:
@@ -162,13 +165,11 @@ def sum_prompts(blocks: Blocks) -> Tensor:
     """``-ln u_m`` [B, M] alone."""
     accumulator = Accumulator(blocks, Sums(None))
     for columns in spans(blocks.K, blocks.columns):
-        factors = blocks.factors(blocks.lengths(columns), columns)
-        for prompts in blocks.groups:
-            text = blocks.text(prompts, columns)
+        for group in blocks.groups_at(columns, blocks.lengths(columns)):
             for rows in spans(blocks.B, blocks.rows):
-                z = blocks.product(prompts, rows, text, blocks.buffer("logits", prompts, rows, columns))
-                block = blocks.evidence(prompts, blocks.logits(prompts, z, factors, z))
-                accumulator.add(prompts, rows, columns, block)
+                z = blocks.product(group, rows, blocks.buffer("logits", group.prompts, rows, columns))
+                block = blocks.evidence(group.prompts, blocks.logits(group, z, z))
+                accumulator.add(group.prompts, rows, columns, block)
     return accumulator.total()[:, : blocks.M]
 
 
@@ -177,21 +178,25 @@ def sweep(
 ) -> Iterator[tuple[slice, slice, Fusion]]:
     """Once over all blocks, classes outside, images inside; the accumulator is complete after the last."""
     weights = fusion_weights(blocks)
+    fused = slice(blocks.M, blocks.M + 1)
     for columns in spans(blocks.K, blocks.columns):
-        factors = blocks.factors(blocks.lengths(columns), columns)
-        texts = [blocks.text(prompts, columns) for prompts in blocks.groups]
+        groups = blocks.groups_at(columns, blocks.lengths(columns))
         for rows in spans(blocks.B, blocks.rows):
-            out = blocks.buffer("fused", ONE, rows, columns)[0] if log_ratio is None else log_ratio[rows, columns]
-            fusion = Fusion(blocks, out)
+            if log_ratio is None:
+                whole = blocks.buffer("fused", ONE, rows, columns)
+            else:
+                whole = log_ratio[rows, columns].unsqueeze(0)
+            fusion = Fusion(blocks, whole)
             here = weights_at(weights, rows)
-            for prompts, text in zip(blocks.groups, texts, strict=True):
-                product = blocks.product(prompts, rows, text, blocks.buffer("logits", prompts, rows, columns))
+            for group in groups:
+                prompts = group.prompts
+                product = blocks.product(group, rows, blocks.buffer("logits", prompts, rows, columns))
                 # evidence of a first prompt by itself is made where the fused evidence will be
-                z = blocks.logits(prompts, product, factors, out.unsqueeze(0) if prompts == ONE else product)
+                z = blocks.logits(group, product, whole if prompts == ONE else product)
                 block = blocks.evidence(prompts, z)
                 accumulator.add(prompts, rows, columns, block)
                 fusion.add(block, here[prompts])
-            accumulator.add(blocks.M, rows, columns, fusion.block())
+            accumulator.add(fused, rows, columns, fusion.block())
             yield rows, columns, fusion
 
 
@@ -292,18 +297,17 @@ class FusedSlope(NamedTuple):
     rows: slice
     columns: slice
     products: Tensor  # [M, b, k]
-    texts: list[Tensor]  # [k, D] of each prompt
+    prompts: list[Group]  # each by itself
     lengths: Tensor | None
-    factors: Tensor
     weights: Weights
     log_ratio: Tensor
     grad: Tensor
 
     def prompt(self, m: int) -> tuple[Tensor, Tensor | None]:
         """``y = ln v`` of one prompt, and dy/dz (None for 1)."""
-        one = slice(m, m + 1)
+        one = self.prompts[m]
         out = self.blocks.buffer("logits", ONE, self.rows, self.columns)
-        z = self.blocks.logits(one, self.products[one], self.factors, out)[0]
+        z = self.blocks.logits(one, self.products[one.prompts], out)[0]
         activation = self.blocks.problem.activation
         if activation == "exp":
             return z, None
@@ -327,22 +331,22 @@ def fused_slopes(blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, weig
     """Every block again, classes outside, images inside."""
     for columns in spans(blocks.K, blocks.columns):
         lengths = blocks.lengths(columns)
-        factors = blocks.factors(lengths, columns)
-        texts = [blocks.text(prompts, columns) for prompts in blocks.groups]
-        each_text = [t for text in texts for t in text.unbind()]
+        groups = blocks.groups_at(columns, lengths)
+        each = [one for group in groups for one in group.each()]
         for rows in spans(blocks.B, blocks.rows):
             products = blocks.buffer("products", slice(0, blocks.M), rows, columns)
-            fusion = Fusion(blocks, blocks.buffer("fused", ONE, rows, columns)[0])
+            fusion = Fusion(blocks, blocks.buffer("fused", ONE, rows, columns))
             here = weights_at(weights, rows)
-            for prompts, text in zip(blocks.groups, texts, strict=True):
-                product = blocks.product(prompts, rows, text, products[prompts])
-                z = blocks.logits(prompts, product, factors, blocks.buffer("logits", prompts, rows, columns))
+            for group in groups:
+                prompts = group.prompts
+                product = blocks.product(group, rows, products[prompts])
+                z = blocks.logits(group, product, blocks.buffer("logits", prompts, rows, columns))
                 fusion.add(blocks.evidence(prompts, z), here[prompts])
             log_ratio = fusion.log_ratio()
             grad = slopes.at(blocks.M, rows, columns, Block(log_ratio, LOG1P))
             if g_ratio is not None:
                 grad.add_(g_ratio[rows, columns])
-            yield FusedSlope(blocks, rows, columns, products, each_text, lengths, factors, here, log_ratio, grad)
+            yield FusedSlope(blocks, rows, columns, products, each, lengths, here, log_ratio, grad)
 
 
 class Confidence:
@@ -371,7 +375,7 @@ def gradients(
     blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of image, text, scale, bias and weight. Each is summed in one fixed order: deterministic."""
-    problem, M = blocks.problem, blocks.M
+    problem = blocks.problem
     g_image = torch.zeros_like(blocks.image) if needs[0] else None
     g_text = torch.zeros_like(problem.text, memory_format=torch.contiguous_format) if needs[1] else None
     g_scale = torch.zeros_like(problem.scale) if needs[2] else None
@@ -385,8 +389,8 @@ def gradients(
     for fused in fused_slopes(blocks, slopes, g_ratio, weights):
         rows, columns = fused.rows, fused.columns
         if rows.start == 0:
-            g_unit = text_sums(g_text, fused.texts, columns)
-        for m in range(M):
+            g_unit = text_sums(g_text, fused.prompts, columns)
+        for m, one in enumerate(fused.prompts):
             y, dy_dz = fused.prompt(m)
             grad = slopes.at(m, rows, columns, Block(y, LOG)).add_(fused.through_fusion(m, y))
             if confidence is not None:
@@ -395,7 +399,7 @@ def gradients(
                 g_weight[rows, m] += fused.by_weight(y)
             if dy_dz is not None:
                 grad.mul_(dy_dz)
-            text, images = fused.texts[m], blocks.images(slice(m, m + 1), rows)[0]
+            text, images = one.text[0], blocks.images(one.prompts, rows)[0]
             length = None if fused.lengths is None else fused.lengths[m]
             if g_bias is not None:
                 g_bias[m] += grad.sum()
@@ -409,20 +413,20 @@ def gradients(
                     if mine.dtype != g_text.dtype:
                         g_text[m, columns] = mine
             if g_image is not None:
-                grad.mul_(fused.factors[m])
+                grad.mul_(one.factor[0])
                 mine = g_image[rows] if g_image.dim() == 2 else g_image[rows, m]
                 mine.addmm_(grad, text)
     blocks.close()
     return g_image, g_text, g_scale, g_bias, g_weight
 
 
-def text_sums(g_text: Tensor | None, texts: list[Tensor], columns: slice) -> list[Tensor]:
+def text_sums(g_text: Tensor | None, prompts: list[Group], columns: slice) -> list[Tensor]:
     """Zeros [k, D] for each prompt to sum the gradient of its text in: part of g_text, unless in half precision."""
     if g_text is None:
         return []
-    if g_text.dtype == texts[0].dtype:
+    if g_text.dtype == prompts[0].text.dtype:
         return list(g_text[:, columns].unbind())
-    return [torch.zeros_like(text) for text in texts]
+    return [torch.zeros_like(one.text[0]) for one in prompts]
 
 
 def through_length(grad: Tensor, text: Tensor, length: Tensor | None) -> Tensor:

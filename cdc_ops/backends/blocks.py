@@ -86,6 +86,21 @@ def even_step(total: int, most: int) -> int:
     return min(total, math.ceil(step / VECTOR) * VECTOR)
 
 
+class Group(NamedTuple):
+    """Prompts whose blocks are made at once, and what they bring to a block of classes."""
+
+    prompts: slice
+    text: Tensor  # [g, k, D], not normalised
+    factor: Tensor  # [g, 1, k] that <x, t> is multiplied by to give z
+    constant: Tensor  # [g, 1, 1] that is added then; for exp evidence a block is made as ln v = z - ln W
+
+    def each(self) -> Iterator[Group]:
+        """One prompt after the other."""
+        for i, m in enumerate(range(self.prompts.start, self.prompts.stop)):
+            one = slice(i, i + 1)
+            yield Group(slice(m, m + 1), self.text[one], self.factor[one], self.constant[one])
+
+
 class Blocks:
     """A problem cut into blocks, with the buffers they are made in.
 
@@ -106,10 +121,13 @@ class Blocks:
         terms = min(most, self.K) * (self.M if problem.rule == "cumulative" else 1)
         self.limit = math.log(torch.finfo(problem.dtype).max) - math.log(terms) - 1
         self.log_w = math.log(problem.prior_weight)
-        constant = torch.zeros_like(problem.scale) if problem.bias is None else problem.bias
-        #: what is added to scale * <x, t>: for exp evidence the block is made as ln v = z - ln W
-        constant = constant - self.log_w if problem.activation == "exp" else constant
-        self.known_bounds, self.may_underflow = self._from_unit_length(constant)
+        subtracted = self.log_w if problem.activation == "exp" else 0.0
+        if problem.bias is None:
+            constants, constant = [-subtracted] * self.M, problem.scale.new_full((self.M, 1, 1), -subtracted)
+        else:
+            constant = (problem.bias - subtracted).view(-1, 1, 1)
+            constants = constant.flatten().tolist()
+        self.known_bounds, self.may_underflow = self._from_unit_length(constants)
         if problem.activation != "exp" or self.known_bounds is None:
             held, each = held + 1, each + 3  # an activation, or a step in log space, makes blocks of its own
 
@@ -117,16 +135,18 @@ class Blocks:
             room = 3 * whole // (4 * ((held + each * prompts) * self.rows + 4 * self.M))
             return even_step(self.K, min(most, max(LEAST_COLUMNS, room)))
 
-        def products(prompts: int) -> int:
-            return math.ceil(self.M / prompts) * math.ceil(self.K / columns(prompts))
-
-        one_thread = image.device.type == "cpu" and torch.get_num_threads() == 1
-        together = 1 if one_thread else min((1, min(2, self.M)), key=products)
-        self.columns = columns(together)
+        self.columns, together = columns(1), 1
+        for prompts in (2, self.M):  # every prompt at once where the whole problem is small
+            step = columns(prompts)
+            small = step == self.K and prompts * self.rows * step <= 2 * BLOCK_ROWS * BLOCK_COLUMNS
+            calls = math.ceil(self.M / prompts) * math.ceil(self.K / step)
+            fewer = calls < math.ceil(self.M / together) * math.ceil(self.K / self.columns)
+            if prompts <= self.M and fewer and (prompts == 2 or small):
+                self.columns, together = step, prompts
         #: the prompts whose blocks are made at once
         self.groups = list(spans(self.M, together))
-        self._constant = constant.view(-1, 1, 1)
-        self._image = image.unsqueeze(0).expand(self.M, -1, -1) if image.dim() == 2 else image.transpose(0, 1)
+        self._constants = constant.chunk(len(self.groups))
+        self._image = image.expand(self.M, *image.shape) if image.dim() == 2 else image.transpose(0, 1)
         self._memory: dict[str, Tensor] = {}
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # popping from a dict is atomic: no two threads, and no two problems in one thread, share a block
@@ -145,13 +165,13 @@ class Blocks:
         self._memory.clear()
         self._buffers.clear()
 
-    def _from_unit_length(self, constant: Tensor) -> tuple[list[float] | None, bool]:
+    def _from_unit_length(self, constants: list[float]) -> tuple[list[float] | None, bool]:
         """What |cos| <= 1 tells: bounds on ln(1 + v) when they rule overflow out, and whether exp may underflow."""
         if not self.problem.normalize:
             return None, True
         exp = self.problem.activation == "exp"
         bounds, may_underflow = [], False
-        for scale, c in zip(self.problem.scale.tolist(), constant.tolist(), strict=True):
+        for scale, c in zip(self.problem.scale.tolist(), constants, strict=True):
             top = abs(scale) + c
             bounds.append(log1p_exp(top) if exp else math.log1p((max(top, 0) + 1) / self.problem.prior_weight))
             may_underflow |= c - abs(scale) < math.log(torch.finfo(self.problem.dtype).tiny) + 1
@@ -175,14 +195,6 @@ class Blocks:
         taken, self._spare = self._spare[:size], self._spare[size:]
         return taken
 
-    def text(self, prompts: slice, columns: slice) -> Tensor:
-        """Text features [g, k, D] of prompts and a block of classes, not normalised."""
-        return self.problem.text[prompts, columns].to(self.problem.dtype)
-
-    def images(self, prompts: slice, rows: slice) -> Tensor:
-        """Image features [g, b, D] of prompts and a block of images."""
-        return self._image[prompts, rows]
-
     def lengths(self, columns: slice) -> Tensor | None:
         """Lengths [M, k] that text is to be divided by, or None when features are taken as they are."""
         if not self.problem.normalize:
@@ -190,23 +202,28 @@ class Blocks:
         norm = self.problem.text_norm
         if norm is not None:
             return norm[:, columns].to(self.problem.dtype).clamp_min(EPS)
-        norms = [torch.linalg.vector_norm(self.text(prompts, columns), dim=-1) for prompts in self.groups]
-        return torch.cat(norms).clamp_min_(EPS)
+        text = self.problem.text[:, columns]
+        return torch.linalg.vector_norm(text, dim=-1, dtype=self.problem.dtype).clamp_min_(EPS)
 
-    def factors(self, lengths: Tensor | None, columns: slice) -> Tensor:
-        """What <x, t> of each prompt is multiplied by to give z: [M, 1, k]."""
-        scale = self.problem.scale.unsqueeze(1)
-        if lengths is None:  # written out: PyTorch vectorises a row, not a broadcast number
-            return scale.repeat(1, columns.stop - columns.start).unsqueeze(1)
-        return (scale / lengths).unsqueeze(1)
+    def groups_at(self, columns: slice, lengths: Tensor | None) -> list[Group]:
+        """Every group, for a block of classes whose lengths are given."""
+        text, scale = self.problem.text[:, columns].to(self.problem.dtype), self.problem.scale.view(-1, 1, 1)
+        # without lengths written out: PyTorch vectorises a row, not a broadcast number
+        factor = scale.repeat(1, 1, text.shape[1]) if lengths is None else scale / lengths.unsqueeze(1)
+        n = len(self.groups)
+        return list(map(Group, self.groups, text.chunk(n), factor.chunk(n), self._constants))
 
-    def product(self, prompts: slice, rows: slice, text: Tensor, out: Tensor) -> Tensor:
-        """``<x, t>`` [g, b, k] of prompts, whose text [g, k, D] is given, into ``out``."""
-        return torch.bmm(self.images(prompts, rows), text.transpose(1, 2), out=out)
+    def images(self, prompts: slice, rows: slice) -> Tensor:
+        """Image features [g, b, D] of prompts and a block of images."""
+        return self._image[prompts, rows]
 
-    def logits(self, prompts: slice, product: Tensor, factors: Tensor, out: Tensor) -> Tensor:
+    def product(self, group: Group, rows: slice, out: Tensor) -> Tensor:
+        """``<x, t>`` [g, b, k] into ``out``."""
+        return torch.bmm(self.images(group.prompts, rows), group.text.transpose(1, 2), out=out)
+
+    def logits(self, group: Group, product: Tensor, out: Tensor) -> Tensor:
         """Logits z (for exp evidence ``ln v = z - ln W``) from products [g, b, k], into ``out``."""
-        return torch.addcmul(self._constant[prompts], product, factors[prompts], out=out)
+        return torch.addcmul(group.constant, product, group.factor, out=out)
 
     def evidence(self, prompts: slice, z: Tensor) -> Block:
         """Evidence from :meth:`logits`, in place."""
@@ -238,13 +255,13 @@ class Fusion:
     def __init__(self, blocks: Blocks, out: Tensor) -> None:
         self.dempster = blocks.problem.rule == "dempster"
         self.limit = blocks.limit
-        self.out = out  # [b, k] where the linear part will be
+        self.out = out  # [1, b, k] where the linear part will be
         self.linear: Block | None = None
         self.log: Tensor | None = None  # ln(1 + v) for Dempster, ln v for the others
 
     def add(self, block: Block, weights: Sequence[Tensor | float]) -> None:
         """Fold in blocks [g, b, k], whose values are used up. weights: number or [b, 1] each; Dempster ignores them."""
-        for v, weight in zip(block.values.unbind(), weights, strict=True):
+        for v, weight in zip(block.values.chunk(len(block.values)), weights, strict=True):
             if block.kind == LOG:
                 if not self.dempster:
                     v = v + (torch.log(weight) if isinstance(weight, Tensor) else math.log(weight))
@@ -285,7 +302,7 @@ class Fusion:
             self.linear = None
 
     def block(self) -> Block:
-        """The fused evidence."""
+        """The fused evidence [1, b, k]."""
         if self.log is None and self.linear is not None:
             return self.linear
         self._retire()
@@ -293,8 +310,8 @@ class Fusion:
         return Block(self.log, LOG1P if self.dempster else LOG)
 
     def log_ratio(self) -> Tensor:
-        """``l = ln(1 + v)``, in ``out``; ends the fusion."""
+        """``l = ln(1 + v)`` [b, k], in ``out``; ends the fusion."""
         block = self.block()
         if block.kind == LINEAR:
-            return torch.log1p(self.out, out=self.out)
-        return self.out.copy_(block.values if block.kind == LOG1P else softplus(block.values))
+            return torch.log1p(self.out, out=self.out)[0]
+        return self.out.copy_(block.values if block.kind == LOG1P else softplus(block.values))[0]
