@@ -182,17 +182,14 @@ def sweep(
     for columns in spans(blocks.K, blocks.columns):
         groups = blocks.groups_at(columns, blocks.lengths(columns))
         for rows in spans(blocks.B, blocks.rows):
-            if log_ratio is None:
-                whole = blocks.buffer("fused", ONE, rows, columns)
-            else:
-                whole = log_ratio[rows, columns].unsqueeze(0)
-            fusion = Fusion(blocks, whole)
+            out = blocks.buffer("fused", ONE, rows, columns)[0] if log_ratio is None else log_ratio[rows, columns]
+            fusion = Fusion(blocks, out)
             here = weights_at(weights, rows)
             for group in groups:
                 prompts = group.prompts
                 product = blocks.product(group, rows, blocks.buffer("logits", prompts, rows, columns))
                 # evidence of a first prompt by itself is made where the fused evidence will be
-                z = blocks.logits(group, product, whole if prompts == ONE else product)
+                z = blocks.logits(group, product, out.unsqueeze(0) if prompts == ONE else product)
                 block = blocks.evidence(prompts, z)
                 accumulator.add(prompts, rows, columns, block)
                 fusion.add(block, here[prompts])
@@ -335,7 +332,7 @@ def fused_slopes(blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, weig
         each = [one for group in groups for one in group.each()]
         for rows in spans(blocks.B, blocks.rows):
             products = blocks.buffer("products", slice(0, blocks.M), rows, columns)
-            fusion = Fusion(blocks, blocks.buffer("fused", ONE, rows, columns))
+            fusion = Fusion(blocks, blocks.buffer("fused", ONE, rows, columns)[0])
             here = weights_at(weights, rows)
             for group in groups:
                 prompts = group.prompts

@@ -255,13 +255,13 @@ class Fusion:
     def __init__(self, blocks: Blocks, out: Tensor) -> None:
         self.dempster = blocks.problem.rule == "dempster"
         self.limit = blocks.limit
-        self.out = out  # [1, b, k] where the linear part will be
+        self.out = out  # [b, k] where the linear part will be
         self.linear: Block | None = None
         self.log: Tensor | None = None  # ln(1 + v) for Dempster, ln v for the others
 
     def add(self, block: Block, weights: Sequence[Tensor | float]) -> None:
         """Fold in blocks [g, b, k], whose values are used up. weights: number or [b, 1] each; Dempster ignores them."""
-        for v, weight in zip(block.values.chunk(len(block.values)), weights, strict=True):
+        for v, weight in zip(block.values.unbind(), weights, strict=True):
             if block.kind == LOG:
                 if not self.dempster:
                     v = v + (torch.log(weight) if isinstance(weight, Tensor) else math.log(weight))
@@ -304,14 +304,14 @@ class Fusion:
     def block(self) -> Block:
         """The fused evidence [1, b, k]."""
         if self.log is None and self.linear is not None:
-            return self.linear
+            return self.linear._replace(values=self.linear.values.unsqueeze(0))
         self._retire()
         assert self.log is not None
-        return Block(self.log, LOG1P if self.dempster else LOG)
+        return Block(self.log.unsqueeze(0), LOG1P if self.dempster else LOG)
 
     def log_ratio(self) -> Tensor:
         """``l = ln(1 + v)`` [b, k], in ``out``; ends the fusion."""
-        block = self.block()
-        if block.kind == LINEAR:
-            return torch.log1p(self.out, out=self.out)[0]
-        return self.out.copy_(block.values if block.kind == LOG1P else softplus(block.values))[0]
+        if self.log is None:
+            return torch.log1p(self.out, out=self.out)
+        self._retire()
+        return self.out.copy_(self.log if self.dempster else softplus(self.log))
