@@ -12,6 +12,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -254,20 +255,19 @@ def finite_lengths(name: str, x: Tensor, readings: Readings | None = None) -> Te
     if not _may_read(x):
         return None
     mine = readings or Readings()
-    with torch.no_grad():
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        lengths = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    lengths = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=dtype)
 
-        def check(total: float) -> None:
-            if not math.isfinite(total):
-                finite(name, x)
-                if long := int(lengths.isinf().sum()):
-                    kind = str(dtype).removeprefix("torch.")
-                    raise ValueError(
-                        f"{name} must have lengths within {kind}; got {long} whose length overflows in {came(x)}"
-                    )
+    def check(total: float) -> None:
+        if not math.isfinite(total):
+            finite(name, x)
+            if long := int(lengths.isinf().sum()):
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{name} must have lengths within {kind}; got {long} whose length overflows in {came(x)}"
+                )
 
-        mine.later(lengths.sum(), check)
+    mine.later(lengths.sum(), check)
     if readings is None:
         mine.read()
     return lengths
@@ -295,10 +295,9 @@ def features(image: object, text: object) -> tuple[Tensor, Tensor]:
     """Image and text features that fit together, [B, D] or [B, M, D] against [M, K, D]; values are not read yet."""
     text = text_features("text", text)
     prompts, _, size = text.shape
-    want = f"[B, {size}] or [B, {prompts}, {size}] to match text {list(text.shape)}"
-    image = floating("image", image, want)
-    fits = image.dim() in (2, 3) and image.shape[-1] == size and (image.dim() == 2 or image.shape[1] == prompts)
-    if not fits:
+    image = floating("image", image, f"[B, {size}] or [B, {prompts}, {size}] to match text")
+    if image.dim() not in (2, 3) or image.shape[-1] != size or (image.dim() == 3 and image.shape[1] != prompts):
+        want = f"[B, {size}] or [B, {prompts}, {size}] to match text {list(text.shape)}"
         raise ValueError(f"image must have shape {want}; got {came(image)}")
     same_device("image", image, text=text)
     return image, text
@@ -313,27 +312,31 @@ def per_prompt(
     readings: Readings | None = None,
 ) -> Tensor:
     """A number, a scalar tensor or one value per prompt, as a tensor [M]; gradients flow through."""
-    want = f"a number, a scalar tensor or a tensor of shape [{prompts}], finite and within 2^100"
-    if isinstance(value, Tensor):
-        if not value.dtype.is_floating_point or list(value.shape) not in ([], [1], [prompts]):
-            raise ValueError(f"{name} must be {want}; got {came(value)}")
-        if (value.dim() or value.is_meta) and value.device != device:
-            raise ValueError(f"{name} must be on the device of image, {device}; got {came(value)}")
-        if _may_read(value):
 
-            def check(size: float) -> None:
-                if not size <= LARGEST:  # also for nan
-                    raise ValueError(f"{name} must be {want}; got a size of {size:g} in {came(value)}")
+    def refuse(what: str) -> NoReturn:
+        want = f"a number, a scalar tensor or a tensor of shape [{prompts}], finite and within 2^100"
+        raise ValueError(f"{name} must be {want}; got {what}")
 
-            size = value.detach().abs().amax()
-            if readings is None or value.device != device:
-                check(float(size))
-            else:
-                readings.later(size, check)
-        return value.to(device=device, dtype=dtype).expand(prompts)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(_as_float(value)) <= LARGEST:
-        raise ValueError(f"{name} must be {want}; got {came(value)}")
-    return torch.full((prompts,), float(value), dtype=dtype, device=device)
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(_as_float(value)) <= LARGEST:
+            refuse(came(value))
+        return torch.full((prompts,), float(value), dtype=dtype, device=device)
+    if not value.dtype.is_floating_point or list(value.shape) not in ([], [1], [prompts]):
+        refuse(came(value))
+    if (value.dim() or value.is_meta) and value.device != device:
+        raise ValueError(f"{name} must be on the device of image, {device}; got {came(value)}")
+    if _may_read(value):
+
+        def check(size: float) -> None:
+            if not size <= LARGEST:  # also for nan
+                refuse(f"a size of {size:g} in {came(value)}")
+
+        size = value.detach().abs().amax()
+        if readings is None or value.device != device:
+            check(float(size))
+        else:
+            readings.later(size, check)
+    return value.to(device=device, dtype=dtype).expand(prompts)
 
 
 def _as_float(value: numbers.Real) -> float:

@@ -396,7 +396,7 @@ def gradients(
                 g_weight[rows, m] += fused.by_weight(y)
             if dy_dz is not None:
                 grad.mul_(dy_dz)
-            text, images = one.text[0], blocks.images(one.prompts, rows)[0]
+            text, images = one.text[0].T, one.image[0, rows]
             length = None if fused.lengths is None else fused.lengths[m]
             if g_bias is not None:
                 g_bias[m] += grad.sum()
@@ -423,7 +423,7 @@ def text_sums(g_text: Tensor | None, prompts: list[Group], columns: slice) -> li
         return []
     if g_text.dtype == prompts[0].text.dtype:
         return list(g_text[:, columns].unbind())
-    return [torch.zeros_like(one.text[0]) for one in prompts]
+    return [torch.zeros_like(one.text[0].T) for one in prompts]
 
 
 def through_length(grad: Tensor, text: Tensor, length: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ then multiplies for each of them, which is faster than all of them cutting up on
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -86,11 +87,43 @@ def even_step(total: int, most: int) -> int:
     return min(total, math.ceil(step / VECTOR) * VECTOR)
 
 
+class Cut(NamedTuple):
+    """How a problem is cut: images and classes of a block, and the prompts whose blocks are made at once."""
+
+    rows: int
+    columns: int
+    groups: tuple[slice, ...]
+
+
+@functools.lru_cache
+def cut(B: int, M: int, K: int, held: int, each: int, whole: int) -> Cut:
+    """The largest blocks that stay below ``whole`` numbers together; see :class:`Blocks`."""
+    rows = max(1, min(BLOCK_ROWS, B))
+    # few images: wider blocks, so that each is worth its overhead
+    most = BLOCK_COLUMNS * (BLOCK_ROWS // rows)
+
+    def columns(prompts: int) -> int:
+        room = 3 * whole // (4 * ((held + each * prompts) * rows + 4 * M))
+        return even_step(K, min(most, max(LEAST_COLUMNS, room)))
+
+    def products(prompts: int) -> int:
+        return math.ceil(M / prompts) * math.ceil(K / columns(prompts))
+
+    choices = [1]
+    if M >= 2:
+        choices.append(2)
+    if columns(M) == K and M * rows * K <= 2 * BLOCK_ROWS * BLOCK_COLUMNS:  # the whole problem is small
+        choices.append(M)
+    together = min(choices, key=products)
+    return Cut(rows, columns(together), tuple(spans(M, together)))
+
+
 class Group(NamedTuple):
     """Prompts whose blocks are made at once, and what they bring to a block of classes."""
 
     prompts: slice
-    text: Tensor  # [g, k, D], not normalised
+    image: Tensor  # [g, B, D] of all images
+    text: Tensor  # [g, D, k], not normalised
     factor: Tensor  # [g, 1, k] that <x, t> is multiplied by to give z
     constant: Tensor  # [g, 1, 1] that is added then; for exp evidence a block is made as ln v = z - ln W
 
@@ -98,7 +131,7 @@ class Group(NamedTuple):
         """One prompt after the other."""
         for i, m in enumerate(range(self.prompts.start, self.prompts.stop)):
             one = slice(i, i + 1)
-            yield Group(slice(m, m + 1), self.text[one], self.factor[one], self.constant[one])
+            yield Group(slice(m, m + 1), self.image[one], self.text[one], self.factor[one], self.constant[one])
 
 
 class Blocks:
@@ -114,11 +147,8 @@ class Blocks:
     def __init__(self, problem: Problem, image: Tensor, held: int, each: int, whole: int) -> None:
         self.problem, self.image = problem, image
         self.B, self.M, self.K = problem.sizes
-        self.rows = max(1, min(BLOCK_ROWS, self.B))
-        # few images: wider blocks, so that each is worth its overhead
-        most = BLOCK_COLUMNS * (BLOCK_ROWS // self.rows)
+        terms = self.K * (self.M if problem.rule == "cumulative" else 1)
         #: largest ln(1 + v) kept in linear space: a row sum of these cannot overflow
-        terms = min(most, self.K) * (self.M if problem.rule == "cumulative" else 1)
         self.limit = math.log(torch.finfo(problem.dtype).max) - math.log(terms) - 1
         self.log_w = math.log(problem.prior_weight)
         subtracted = self.log_w if problem.activation == "exp" else 0.0
@@ -130,23 +160,10 @@ class Blocks:
         self.known_bounds, self.may_underflow = self._from_unit_length(constants)
         if problem.activation != "exp" or self.known_bounds is None:
             held, each = held + 1, each + 3  # an activation, or a step in log space, makes blocks of its own
-
-        def columns(prompts: int) -> int:
-            room = 3 * whole // (4 * ((held + each * prompts) * self.rows + 4 * self.M))
-            return even_step(self.K, min(most, max(LEAST_COLUMNS, room)))
-
-        self.columns, together = columns(1), 1
-        for prompts in (2, self.M):  # every prompt at once where the whole problem is small
-            step = columns(prompts)
-            small = step == self.K and prompts * self.rows * step <= 2 * BLOCK_ROWS * BLOCK_COLUMNS
-            calls = math.ceil(self.M / prompts) * math.ceil(self.K / step)
-            fewer = calls < math.ceil(self.M / together) * math.ceil(self.K / self.columns)
-            if prompts <= self.M and fewer and (prompts == 2 or small):
-                self.columns, together = step, prompts
-        #: the prompts whose blocks are made at once
-        self.groups = list(spans(self.M, together))
+        self.rows, self.columns, self.groups = cut(self.B, self.M, self.K, held, each, whole)
         self._constants = constant.chunk(len(self.groups))
-        self._image = image.expand(self.M, *image.shape) if image.dim() == 2 else image.transpose(0, 1)
+        each_image = image.expand(self.M, *image.shape) if image.dim() == 2 else image.transpose(0, 1)
+        self._images = each_image.chunk(len(self.groups))
         self._memory: dict[str, Tensor] = {}
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # popping from a dict is atomic: no two threads, and no two problems in one thread, share a block
@@ -207,19 +224,15 @@ class Blocks:
 
     def groups_at(self, columns: slice, lengths: Tensor | None) -> list[Group]:
         """Every group, for a block of classes whose lengths are given."""
-        text, scale = self.problem.text[:, columns].to(self.problem.dtype), self.problem.scale.view(-1, 1, 1)
+        text = self.problem.text[:, columns].to(self.problem.dtype).transpose(1, 2)
+        scale, n = self.problem.scale.view(-1, 1, 1), len(self.groups)
         # without lengths written out: PyTorch vectorises a row, not a broadcast number
-        factor = scale.repeat(1, 1, text.shape[1]) if lengths is None else scale / lengths.unsqueeze(1)
-        n = len(self.groups)
-        return list(map(Group, self.groups, text.chunk(n), factor.chunk(n), self._constants))
-
-    def images(self, prompts: slice, rows: slice) -> Tensor:
-        """Image features [g, b, D] of prompts and a block of images."""
-        return self._image[prompts, rows]
+        factor = scale.repeat(1, 1, text.shape[2]) if lengths is None else scale / lengths.unsqueeze(1)
+        return list(map(Group, self.groups, self._images, text.chunk(n), factor.chunk(n), self._constants))
 
     def product(self, group: Group, rows: slice, out: Tensor) -> Tensor:
         """``<x, t>`` [g, b, k] into ``out``."""
-        return torch.bmm(self.images(group.prompts, rows), group.text.transpose(1, 2), out=out)
+        return torch.bmm(group.image if self.rows == self.B else group.image[:, rows], group.text, out=out)
 
     def logits(self, group: Group, product: Tensor, out: Tensor) -> Tensor:
         """Logits z (for exp evidence ``ln v = z - ln W``) from products [g, b, k], into ``out``."""

@@ -9,11 +9,14 @@ from itertools import accumulate
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cdc_ops import evidential_cross_entropy, fused_opinion, fused_topk
+from cdc_ops.backends import blocks
 
 B, M, K, D = 16, 5, 60, 1
 
@@ -42,6 +45,9 @@ def nothing_kept_from_before(monkeypatch):
 def small_blocks(monkeypatch):
     for name, value in {"BLOCK_ROWS": 4, "BLOCK_COLUMNS": 6, "LEAST_COLUMNS": 6, "VECTOR": 1}.items():
         monkeypatch.setattr(f"cdc_ops.backends.blocks.{name}", value)
+    blocks.cut.cache_clear()  # it remembers
+    yield
+    blocks.cut.cache_clear()
 
 
 def inputs():
@@ -112,6 +118,23 @@ def test_a_confident_problem_allocates_no_more(small_blocks):
         with LargestTensor() as largest:
             function(x, t, 20 * s, b, "blocked")
         assert largest.most <= B * K
+
+
+@given(
+    B=st.integers(0, 3000),
+    M=st.integers(1, 20),
+    K=st.integers(1, 30000),
+    held=st.integers(0, 30),
+    each=st.integers(1, 20),
+)
+def test_a_problem_is_cut_into_blocks_that_cover_it_and_stay_below_the_whole(B, M, K, held, each):
+    rows, columns, groups = blocks.cut(B, M, K, held, each, B * M * K)
+    assert [m for group in groups for m in range(group.start, group.stop)] == list(range(M))
+    assert 1 <= rows <= max(1, min(B, blocks.BLOCK_ROWS)) and 1 <= columns <= K
+    together = max(group.stop - group.start for group in groups)
+    within = (held + each * together) * rows * columns + 4 * M * columns <= B * M * K
+    # to the next whole vector
+    assert within or columns <= blocks.LEAST_COLUMNS + blocks.VECTOR
 
 
 # -- all that is alive at once, blocks as they are
