@@ -85,10 +85,11 @@ class Accumulator:
         self.parts: dict[str, dict[tuple[int, int], Tensor]] = {}
 
     def add(self, opinions: slice, rows: slice, columns: slice, block: Block) -> None:
-        """Add a block [g, b, k] of opinions; its values are left as they were."""
+        """Add a block of opinions, [g, b, k] or of one [b, k]; its values are left as they were."""
 
         def put(kind: str, here: Tensor, plus: Callable[[Tensor, Tensor], Tensor]) -> None:
             parts, key = self.parts.setdefault(kind, {}), (opinions.start, rows.start)
+            here = here.view(-1, here.shape[-1])
             parts[key] = plus(parts[key], here) if key in parts else here
 
         classes = self.blocks.problem.classes
@@ -242,7 +243,7 @@ class RowSumsFunction(torch.autograd.Function):
         refuse_second_derivatives("backend='blocked' has", "; use backend='reference'")
         image, _, _, _, _, total, log_target, log_square = ctx.saved_tensors
         held = ctx.problem.sizes[1] + 7 + ctx.sums.held  # every prompt's products, to be made only once
-        blocks = Blocks(ctx.problem, image, held, 1, math.prod(ctx.problem.sizes))
+        blocks = Blocks(ctx.problem, image, held, 1, math.prod(ctx.problem.sizes), logarithms=True)
         slopes = RowSlopes(blocks, ctx.sums, total, log_target, log_square, g_total, g_target, g_square, g_kl)
         g_ratio = g_ratio if ctx.want_log_ratio else None
         return *gradients(blocks, slopes, g_ratio, ctx.needs_input_grad), None, None, None

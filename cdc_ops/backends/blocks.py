@@ -24,6 +24,7 @@ BLOCK_COLUMNS = 1024
 LEAST_COLUMNS = 64
 #: A row of a block holds whole vectors of the CPU, which its matrix products like.
 VECTOR = 16
+LOG2_E = math.log2(math.e)
 #: F.normalize's floor for a length.
 EPS = 1e-12
 
@@ -36,6 +37,11 @@ LINEAR, LOG, LOG1P = "v", "ln v", "ln(1 + v)"
 def exp_(x: Tensor) -> Tensor:
     """``exp`` in place, never below the smallest normal number: subnormal numbers cost a CPU a hundredfold."""
     return x.clamp_(min=math.log(torch.finfo(x.dtype).tiny) + 1e-3).exp_()
+
+
+def exp2_(x: Tensor) -> Tensor:
+    """``2^x`` in place, likewise."""
+    return x.clamp_(min=math.log2(torch.finfo(x.dtype).tiny) + 1e-3).exp2_()
 
 
 class Block(NamedTuple):
@@ -125,7 +131,7 @@ class Group(NamedTuple):
     image: Tensor  # [g, B, D] of all images
     text: Tensor  # [g, D, k], not normalised
     factor: Tensor  # [g, 1, k] that <x, t> is multiplied by to give z
-    constant: Tensor  # [g, 1, 1] that is added then; for exp evidence a block is made as ln v = z - ln W
+    constant: Tensor  # [g, 1, 1] that is added then
 
     def each(self) -> Iterator[Group]:
         """One prompt after the other."""
@@ -139,12 +145,14 @@ class Blocks:
 
     ``held``: how many blocks a pass has at once beside its prompts' logits, and ``each``: how many for each prompt
     whose evidence is made, logits included, when it is made in linear space; with the lengths and factors of
-    their classes they stay below ``whole`` numbers.
+    their classes they stay below ``whole`` numbers. ``logarithms``: whether a pass uses logits, not only evidence.
 
     On a CPU a block is a millisecond's work and every PyTorch call a few microseconds, so views are made once.
     """
 
-    def __init__(self, problem: Problem, image: Tensor, held: int, each: int, whole: int) -> None:
+    def __init__(
+        self, problem: Problem, image: Tensor, held: int, each: int, whole: int, logarithms: bool = False
+    ) -> None:
         self.problem, self.image = problem, image
         self.B, self.M, self.K = problem.sizes
         terms = self.K * (self.M if problem.rule == "cumulative" else 1)
@@ -152,12 +160,16 @@ class Blocks:
         self.limit = math.log(torch.finfo(problem.dtype).max) - math.log(terms) - 1
         self.log_w = math.log(problem.prior_weight)
         subtracted = self.log_w if problem.activation == "exp" else 0.0
-        if problem.bias is None:
-            constants, constant = [-subtracted] * self.M, problem.scale.new_full((self.M, 1, 1), -subtracted)
-        else:
-            constant = (problem.bias - subtracted).view(-1, 1, 1)
-            constants = constant.flatten().tolist()
+        constants = [c - subtracted for c in ([0.0] * self.M if problem.bias is None else problem.bias.tolist())]
         self.known_bounds, self.may_underflow = self._from_unit_length(constants)
+        #: exp evidence that surely stays in linear space is made of powers of 2: a CPU has them in half the time
+        self.binary = problem.activation == "exp" and self.known_bounds is not None and not logarithms
+        #: what a logit is multiplied by
+        self.unit = LOG2_E if self.binary else 1.0
+        if problem.bias is None:
+            constant = problem.scale.new_full((self.M, 1, 1), -subtracted * self.unit)
+        else:
+            constant = (problem.bias - subtracted).mul_(self.unit).view(-1, 1, 1)
         if problem.activation != "exp" or self.known_bounds is None:
             held, each = held + 1, each + 3  # an activation, or a step in log space, makes blocks of its own
         self.rows, self.columns, self.groups = cut(self.B, self.M, self.K, held, each, whole)
@@ -172,12 +184,13 @@ class Blocks:
 
     def close(self) -> None:
         """Hand the block of logits back for the next call."""
-        kept, logits = self._kept, self._memory.get("logits")
-        if kept is None or (logits is not None and logits.numel() > kept.numel()):
-            kept = logits
-        if type(kept) is Tensor and kept.device.type == "cpu" and not kept.is_inference():
+        logits = self._memory.get("logits")
+        if logits is not None and (self._kept is None or logits.numel() > self._kept.numel()):
+            usable = type(logits) is Tensor and logits.device.type == "cpu" and not logits.is_inference()
+            self._kept = logits if usable else None
+        if self._kept is not None:
             _idle.clear()  # one block at most outlives a call
-            _idle[self.problem.dtype] = kept
+            _idle[self.problem.dtype] = self._kept
         self._spare = self._kept = None
         self._memory.clear()
         self._buffers.clear()
@@ -235,8 +248,8 @@ class Blocks:
         return torch.bmm(group.image if self.rows == self.B else group.image[:, rows], group.text, out=out)
 
     def logits(self, group: Group, product: Tensor, out: Tensor) -> Tensor:
-        """Logits z (for exp evidence ``ln v = z - ln W``) from products [g, b, k], into ``out``."""
-        return torch.addcmul(group.constant, product, group.factor, out=out)
+        """Logits z (for exp evidence ``ln v = z - ln W``), times the unit, from products [g, b, k], into ``out``."""
+        return torch.addcmul(group.constant, product, group.factor, value=self.unit, out=out)
 
     def evidence(self, prompts: slice, z: Tensor) -> Block:
         """Evidence from :meth:`logits`, in place."""
@@ -245,6 +258,8 @@ class Blocks:
             bound = log1p_exp(float(z.amax())) if known is None else known
             if not bound < self.limit:  # also for nan
                 return Block(z, LOG, bound)
+            if self.binary:
+                return Block(exp2_(z) if self.may_underflow else z.exp2_(), LINEAR, bound)
             return Block(exp_(z) if self.may_underflow else z.exp_(), LINEAR, bound)
         e = softplus(z) if self.problem.activation == "softplus" else z.relu_()
         bound = math.log1p(float(e.amax()) / self.problem.prior_weight) if known is None else known
@@ -274,7 +289,8 @@ class Fusion:
 
     def add(self, block: Block, weights: Sequence[Tensor | float]) -> None:
         """Fold in blocks [g, b, k], whose values are used up. weights: number or [b, 1] each; Dempster ignores them."""
-        for v, weight in zip(block.values.unbind(), weights, strict=True):
+        for i, weight in enumerate(weights):
+            v = block.values[i]
             if block.kind == LOG:
                 if not self.dempster:
                     v = v + (torch.log(weight) if isinstance(weight, Tensor) else math.log(weight))
@@ -315,12 +331,12 @@ class Fusion:
             self.linear = None
 
     def block(self) -> Block:
-        """The fused evidence [1, b, k]."""
+        """The fused evidence [b, k]."""
         if self.log is None and self.linear is not None:
-            return self.linear._replace(values=self.linear.values.unsqueeze(0))
+            return self.linear
         self._retire()
         assert self.log is not None
-        return Block(self.log.unsqueeze(0), LOG1P if self.dempster else LOG)
+        return Block(self.log, LOG1P if self.dempster else LOG)
 
     def log_ratio(self) -> Tensor:
         """``l = ln(1 + v)`` [b, k], in ``out``; ends the fusion."""
