@@ -2,18 +2,19 @@
 
 Fusion is elementwise in the class, and everything else an opinion or its loss needs are row sums, so a block
 of logits can be made, folded into the fused block and into its row's sums, and overwritten by the next
-prompts'. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is two to four blocks
-forward, up to three more for each prompt in log space or for an activation, and M + 9 backward; for each prompt 4 more
-for squares, 17 for the KL term.
+prompts'. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is, in blocks: forward
+one for each prompt at hand, of which there are two (or all, where the whole problem is small), and one for the fused
+opinion unless it is the output; backward M + 4, and 4 for each prompt at hand. In log space, or for an activation, 3 more
+for each prompt at hand, with squares 4, for the KL term 17.
 The more a pass holds at once, the fewer classes a block gets: all of them together stay below [B, M, K], those of
 fused_topk below [B, K] (as long as K is a few hundred, so that K numbers are more than the row sums of an image, and
 but for the KL term of one prompt, whose blocks of 64 classes may hold more).
 
-Speed on a CPU comes from three things. A block stays in the cache between the matrix product and its
-epilogue. Prompts are multiplied together in linear space, one ``exp`` for each logit and one ``log1p`` for each class
-instead of a ``log1p`` for each logit; where that would leave the range of the dtype, which the block's largest
-logit tells, logarithms take over. And text is normalised by scaling its logits, not by making a normalised
-copy.
+Speed on a CPU comes from four things. A block stays in the cache between the matrix product and its
+epilogue. Two prompts are multiplied at once, one by each half of the threads. They are fused in linear space: one
+exponential for each logit, a power of 2, and one ``log1p`` for each class instead of a ``log1p`` for each logit; where
+that would leave the range of the dtype, which the lengths of the features or the block's largest logit tells, logarithms
+take over. And text is normalised by scaling its logits, not by making a normalised copy.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from cdc_ops.dirichlet import RowSums
 from cdc_ops.fusion import confidence_weight
 from cdc_ops.special import kl_element, kl_slope, softplus
 
-Weights = list[Tensor | float]  # of each prompt in the fusion: a number, or [B, 1]
+Weights = Tensor | float  # of the prompts in the fusion: [M, B, 1], or one number
 ONE = slice(0, 1)
 
 
@@ -146,20 +147,20 @@ class Accumulator:
 
 def fusion_weights(blocks: Blocks) -> Weights:
     """The rule's weight of each prompt; for the weighted rule from a pass over all blocks."""
-    rule, weight, M = blocks.problem.rule, blocks.problem.weight, blocks.M
+    rule, weight = blocks.problem.rule, blocks.problem.weight
     if rule != "weighted":
-        return [1 / M if rule == "averaging" else 1.0] * M
-    return as_weights(confidence_weight(sum_prompts(blocks), 1) if weight is None else weight)
+        return 1 / blocks.M if rule == "averaging" else 1.0
+    return columns_of(confidence_weight(sum_prompts(blocks), 1) if weight is None else weight)
 
 
-def as_weights(weight: Tensor) -> Weights:
-    """[B, M] as one column for each prompt."""
-    return list(weight.unsqueeze(-1).unbind(1))
+def columns_of(x: Tensor) -> Tensor:
+    """[B, M], a number for each image and prompt, as [M, B, 1]."""
+    return x.T.unsqueeze(-1)
 
 
-def weights_at(weights: Weights, rows: slice) -> Weights:
-    """The weights of a block of images."""
-    return [w[rows] if isinstance(w, Tensor) else w for w in weights]
+def weights_at(weights: Weights, prompts: slice, rows: slice) -> Weights:
+    """The weights of some prompts for a block of images."""
+    return weights[prompts, rows] if isinstance(weights, Tensor) else weights
 
 
 def sum_prompts(blocks: Blocks) -> Tensor:
@@ -185,7 +186,6 @@ def sweep(
         for rows in spans(blocks.B, blocks.rows):
             out = blocks.buffer("fused", ONE, rows, columns)[0] if log_ratio is None else log_ratio[rows, columns]
             fusion = Fusion(blocks, out)
-            here = weights_at(weights, rows)
             for group in groups:
                 prompts = group.prompts
                 product = blocks.product(group, rows, blocks.buffer("logits", prompts, rows, columns))
@@ -193,7 +193,7 @@ def sweep(
                 z = blocks.logits(group, product, out.unsqueeze(0) if prompts == ONE else product)
                 block = blocks.evidence(prompts, z)
                 accumulator.add(prompts, rows, columns, block)
-                fusion.add(block, here[prompts])
+                fusion.add(block, weights_at(weights, prompts, rows))
             accumulator.add(fused, rows, columns, fusion.block())
             yield rows, columns, fusion
 
@@ -242,15 +242,17 @@ class RowSumsFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("backend='blocked' has", "; use backend='reference'")
         image, _, _, _, _, total, log_target, log_square = ctx.saved_tensors
-        held = ctx.problem.sizes[1] + 7 + ctx.sums.held  # every prompt's products, to be made only once
-        blocks = Blocks(ctx.problem, image, held, 1, math.prod(ctx.problem.sizes), logarithms=True)
-        slopes = RowSlopes(blocks, ctx.sums, total, log_target, log_square, g_total, g_target, g_square, g_kl)
+        held, each = ctx.problem.sizes[1] + 4, 4 + ctx.sums.held  # every prompt's products, to be made only once
+        blocks = Blocks(ctx.problem, image, held, each, math.prod(ctx.problem.sizes), logarithms=True)
+        row_sums = (total, log_target, log_square, g_total, g_target, g_square, g_kl)
+        given: Any = (None if x is None else columns_of(x) for x in row_sums)
+        slopes = RowSlopes(blocks, ctx.sums, *given)
         g_ratio = g_ratio if ctx.want_log_ratio else None
         return *gradients(blocks, slopes, g_ratio, ctx.needs_input_grad), None, None, None
 
 
 class RowSlopes(NamedTuple):
-    """Gradients that arrive at the row sums, with the row sums themselves: all [B, M + 1] or None."""
+    """Gradients that arrive at the row sums, with the row sums themselves: all [M + 1, B, 1] or None."""
 
     blocks: Blocks
     sums: Sums
@@ -262,29 +264,25 @@ class RowSlopes(NamedTuple):
     g_square: Tensor | None
     g_kl: Tensor | None
 
-    def at(self, m: int, rows: slice, columns: slice, block: Block) -> Tensor:
-        """Gradient [b, k] with respect to the block's values, ``ln v`` or ``ln(1 + v)``."""
-
-        def column(x: Tensor) -> Tensor:
-            return x[rows, m].unsqueeze(1)
-
+    def at(self, opinions: slice, rows: slice, place: Place | None, block: Block) -> Tensor:
+        """Gradient [g, b, k] with respect to the values of opinions' block, ``ln v`` or ``ln(1 + v)``."""
+        here = opinions, rows
         lead = block.values
-        grad = exp_(lead - column(self.total)).mul_(column(self.g_total))
+        grad = exp_(lead - self.total[here]).mul_(self.g_total[here])
         if self.log_square is not None or self.sums.kl:
             log_alpha = block.log_alpha(self.blocks.problem.classes)
             if self.sums.kl:
                 assert self.g_kl is not None
                 slope = kl_slope(log_alpha + self.blocks.log_w)
-                grad.add_(slope.mul_(exp_(lead - log_alpha)).mul_(column(self.g_kl)))
+                grad.add_(slope.mul_(exp_(lead - log_alpha)).mul_(self.g_kl[here]))
             if self.log_square is not None:
                 assert self.g_square is not None
-                log_alpha.add_(lead).sub_(column(self.log_square))
-                grad.add_(exp_(log_alpha).mul_(2 * column(self.g_square)))
-        place = Place.of(self.sums.target, rows, columns)
+                log_alpha.add_(lead).sub_(self.log_square[here])
+                grad.add_(exp_(log_alpha).mul_(2 * self.g_square[here]))
         if place is not None:
             assert self.log_target is not None and self.g_target is not None
-            mine = torch.exp(place.take(lead) - column(self.log_target))
-            place.put(grad, mine * column(self.g_target))
+            mine = torch.exp(place.take(lead) - self.log_target[here])
+            place.put(grad, mine * self.g_target[here])
         return grad
 
 
@@ -294,18 +292,18 @@ class FusedSlope(NamedTuple):
     blocks: Blocks
     rows: slice
     columns: slice
+    place: Place | None
     products: Tensor  # [M, b, k]
-    prompts: list[Group]  # each by itself
+    groups: list[Group]
     lengths: Tensor | None
     weights: Weights
-    log_ratio: Tensor
-    grad: Tensor
+    log_ratio: Tensor  # [b, k]
+    grad: Tensor  # [1, b, k]
 
-    def prompt(self, m: int) -> tuple[Tensor, Tensor | None]:
-        """``y = ln v`` of one prompt, and dy/dz (None for 1)."""
-        one = self.prompts[m]
-        out = self.blocks.buffer("logits", ONE, self.rows, self.columns)
-        z = self.blocks.logits(one, self.products[one.prompts], out)[0]
+    def log_evidence(self, group: Group) -> tuple[Tensor, Tensor | None]:
+        """``y = ln v`` [g, b, k] of some prompts, and dy/dz (None for 1)."""
+        out = self.blocks.buffer("logits", group.prompts, self.rows, self.columns)
+        z = self.blocks.logits(group, self.products[group.prompts], out)
         activation = self.blocks.problem.activation
         if activation == "exp":
             return z, None
@@ -314,59 +312,59 @@ class FusedSlope(NamedTuple):
         slope.div_(e.clamp_min(torch.finfo(z.dtype).tiny))
         return e.log_().sub_(self.blocks.log_w), slope
 
-    def through_fusion(self, m: int, y: Tensor) -> Tensor:
-        """Gradient with respect to y of prompt m by way of the fused opinion."""
+    def through_fusion(self, prompts: slice, y: Tensor) -> Tensor:
+        """Gradient with respect to y of some prompts by way of the fused opinion."""
         if self.blocks.problem.rule == "dempster":
             return torch.sigmoid(y).mul_(self.grad)
-        return exp_(y - self.log_ratio).mul_(self.grad).mul_(self.weights[m])
+        return exp_(y - self.log_ratio).mul_(self.grad).mul_(weights_at(self.weights, prompts, self.rows))
 
     def by_weight(self, y: Tensor) -> Tensor:
-        """Gradient [b] with respect to the weight of the prompt whose ``y = ln v`` is given."""
-        return exp_(y - self.log_ratio).mul_(self.grad).sum(1)
+        """Gradient [g, b] with respect to the weights of the prompts whose ``y = ln v`` is given."""
+        return exp_(y - self.log_ratio).mul_(self.grad).sum(-1)
 
 
 def fused_slopes(blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, weights: Weights) -> Iterator[FusedSlope]:
     """Every block again, classes outside, images inside."""
+    fused = slice(blocks.M, blocks.M + 1)
     for columns in spans(blocks.K, blocks.columns):
         lengths = blocks.lengths(columns)
         groups = blocks.groups_at(columns, lengths)
-        each = [one for group in groups for one in group.each()]
         for rows in spans(blocks.B, blocks.rows):
             products = blocks.buffer("products", slice(0, blocks.M), rows, columns)
             fusion = Fusion(blocks, blocks.buffer("fused", ONE, rows, columns)[0])
-            here = weights_at(weights, rows)
             for group in groups:
                 prompts = group.prompts
                 product = blocks.product(group, rows, products[prompts])
                 z = blocks.logits(group, product, blocks.buffer("logits", prompts, rows, columns))
-                fusion.add(blocks.evidence(prompts, z), here[prompts])
+                fusion.add(blocks.evidence(prompts, z), weights_at(weights, prompts, rows))
             log_ratio = fusion.log_ratio()
-            grad = slopes.at(blocks.M, rows, columns, Block(log_ratio, LOG1P))
+            place = Place.of(slopes.sums.target, rows, columns)
+            grad = slopes.at(fused, rows, place, Block(log_ratio.unsqueeze(0), LOG1P))
             if g_ratio is not None:
                 grad.add_(g_ratio[rows, columns])
-            yield FusedSlope(blocks, rows, columns, products, each, lengths, here, log_ratio, grad)
+            yield FusedSlope(blocks, rows, columns, place, products, groups, lengths, weights, log_ratio, grad)
 
 
 class Confidence:
     """The weighted rule's own gradient: its weights, where not given, depend on every prompt's uncertainty."""
 
     def __init__(self, blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None) -> None:
-        self.log_partition = sum_prompts(blocks)
-        weight = confidence_weight(self.log_partition, 1)
-        self.weights = as_weights(weight)
+        log_partition = sum_prompts(blocks)
+        weight = confidence_weight(log_partition, 1)
+        self.weights = columns_of(weight)
         g_weight = torch.zeros_like(weight)
         for fused in fused_slopes(blocks, slopes, g_ratio, self.weights):
-            for m in range(blocks.M):
-                y, _ = fused.prompt(m)
-                g_weight[fused.rows, m] += fused.by_weight(y)
+            for group in fused.groups:
+                y, _ = fused.log_evidence(group)
+                g_weight[fused.rows, group.prompts] += fused.by_weight(y).T
         with torch.enable_grad():
-            x = self.log_partition.detach().requires_grad_()
-            (self.g_log_partition,) = torch.autograd.grad(confidence_weight(x, 1), x, g_weight)
+            x = log_partition.detach().requires_grad_()
+            (g_log_partition,) = torch.autograd.grad(confidence_weight(x, 1), x, g_weight)
+        self.log_partition, self.g_log_partition = columns_of(log_partition), columns_of(g_log_partition)
 
-    def at(self, m: int, rows: slice, y: Tensor) -> Tensor:
-        """Gradient with respect to ``y = ln v`` of prompt m by way of its weight."""
-        grad = exp_(y - self.log_partition[rows, m].unsqueeze(1))
-        return grad.mul_(self.g_log_partition[rows, m].unsqueeze(1))
+    def at(self, prompts: slice, rows: slice, y: Tensor) -> Tensor:
+        """Gradient with respect to ``y = ln v`` of some prompts by way of their weights."""
+        return exp_(y - self.log_partition[prompts, rows]).mul_(self.g_log_partition[prompts, rows])
 
 
 def gradients(
@@ -382,49 +380,47 @@ def gradients(
     own_weights = problem.rule == "weighted" and problem.weight is None
     confidence = Confidence(blocks, slopes, g_ratio) if own_weights else None
     weights = fusion_weights(blocks) if confidence is None else confidence.weights
-    # of normalised text [k, D] for the current block of classes; where the dtype allows, inside g_text
-    g_unit: list[Tensor] = []
+    # of normalised text [M, k, D] for the current block of classes; where the dtype allows, inside g_text
+    g_unit = None
     for fused in fused_slopes(blocks, slopes, g_ratio, weights):
-        rows, columns = fused.rows, fused.columns
-        if rows.start == 0:
-            g_unit = text_sums(g_text, fused.prompts, columns)
-        for m, one in enumerate(fused.prompts):
-            y, dy_dz = fused.prompt(m)
-            grad = slopes.at(m, rows, columns, Block(y, LOG)).add_(fused.through_fusion(m, y))
+        rows, columns, lengths = fused.rows, fused.columns, fused.lengths
+        if g_text is not None and rows.start == 0:
+            g_unit = g_text[:, columns]
+            if g_unit.dtype != problem.dtype:
+                g_unit = torch.zeros_like(g_unit, dtype=problem.dtype)
+        for group in fused.groups:
+            prompts = group.prompts
+            y, dy_dz = fused.log_evidence(group)
+            grad = slopes.at(prompts, rows, fused.place, Block(y, LOG)).add_(fused.through_fusion(prompts, y))
             if confidence is not None:
-                grad.add_(confidence.at(m, rows, y))
+                grad.add_(confidence.at(prompts, rows, y))
             if g_weight is not None:
-                g_weight[rows, m] += fused.by_weight(y)
+                g_weight[rows, prompts] += fused.by_weight(y).T
             if dy_dz is not None:
                 grad.mul_(dy_dz)
-            text, images = one.text[0].T, one.image[0, rows]
-            length = None if fused.lengths is None else fused.lengths[m]
             if g_bias is not None:
-                g_bias[m] += grad.sum()
+                g_bias[prompts] += grad.sum((1, 2))
             if g_scale is not None:
-                by_class = fused.products[m].mul_(grad).sum(0)
-                g_scale[m] += (by_class if length is None else by_class.div_(length)).sum()
-            if g_text is not None:
-                g_unit[m].addmm_(grad.T, images)
-                if rows.stop == blocks.B:
-                    mine = through_length(g_unit[m], text, length).mul_(problem.scale[m])
-                    if mine.dtype != g_text.dtype:
-                        g_text[m, columns] = mine
+                by_class = fused.products[prompts].mul_(grad).sum(1)
+                g_scale[prompts] += (by_class if lengths is None else by_class.div_(lengths[prompts])).sum(1)
+            if g_unit is not None:
+                g_unit[prompts].baddbmm_(grad.transpose(1, 2), group.image[:, rows])
             if g_image is not None:
-                grad.mul_(one.factor[0])
-                mine = g_image[rows] if g_image.dim() == 2 else g_image[rows, m]
-                mine.addmm_(grad, text)
+                grad.mul_(group.factor)
+                text = group.text.transpose(1, 2)
+                if g_image.dim() == 2:
+                    g_image[rows].addbmm_(grad, text)
+                else:
+                    g_image[rows, prompts].transpose(0, 1).baddbmm_(grad, text)
+        if g_text is not None and g_unit is not None and rows.stop == blocks.B:
+            for group in fused.groups:
+                for m, text in zip(range(blocks.M)[group.prompts], group.text, strict=True):
+                    length = None if lengths is None else lengths[m]
+                    through_length(g_unit[m], text.T, length).mul_(problem.scale[m])
+            if g_unit.dtype != g_text.dtype:
+                g_text[:, columns] = g_unit
     blocks.close()
     return g_image, g_text, g_scale, g_bias, g_weight
-
-
-def text_sums(g_text: Tensor | None, prompts: list[Group], columns: slice) -> list[Tensor]:
-    """Zeros [k, D] for each prompt to sum the gradient of its text in: part of g_text, unless in half precision."""
-    if g_text is None:
-        return []
-    if g_text.dtype == prompts[0].text.dtype:
-        return list(g_text[:, columns].unbind())
-    return [torch.zeros_like(one.text[0].T) for one in prompts]
 
 
 def through_length(grad: Tensor, text: Tensor, length: Tensor | None) -> Tensor:

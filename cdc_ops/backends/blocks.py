@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -108,17 +108,20 @@ def cut(B: int, M: int, K: int, held: int, each: int, whole: int) -> Cut:
     # few images: wider blocks, so that each is worth its overhead
     most = BLOCK_COLUMNS * (BLOCK_ROWS // rows)
 
+    def room(prompts: int) -> int:
+        return 4 * whole // (5 * ((held + each * prompts) * rows + 4 * M))
+
     def columns(prompts: int) -> int:
-        room = 3 * whole // (4 * ((held + each * prompts) * rows + 4 * M))
-        return even_step(K, min(most, max(LEAST_COLUMNS, room)))
+        return even_step(K, min(most, max(LEAST_COLUMNS, room(prompts))))
 
     def products(prompts: int) -> int:
         return math.ceil(M / prompts) * math.ceil(K / columns(prompts))
 
     choices = [1]
-    if M >= 2:
-        choices.append(2)
-    if columns(M) == K and M * rows * K <= 2 * BLOCK_ROWS * BLOCK_COLUMNS:  # the whole problem is small
+    if (M >= 2 and room(2) >= LEAST_COLUMNS) or K <= LEAST_COLUMNS:
+        choices.append(min(2, M))
+    small = M * rows * K <= 2 * BLOCK_ROWS * BLOCK_COLUMNS
+    if small and (room(M) >= K or K <= LEAST_COLUMNS):
         choices.append(M)
     together = min(choices, key=products)
     return Cut(rows, columns(together), tuple(spans(M, together)))
@@ -132,12 +135,6 @@ class Group(NamedTuple):
     text: Tensor  # [g, D, k], not normalised
     factor: Tensor  # [g, 1, k] that <x, t> is multiplied by to give z
     constant: Tensor  # [g, 1, 1] that is added then
-
-    def each(self) -> Iterator[Group]:
-        """One prompt after the other."""
-        for i, m in enumerate(range(self.prompts.start, self.prompts.stop)):
-            one = slice(i, i + 1)
-            yield Group(slice(m, m + 1), self.image[one], self.text[one], self.factor[one], self.constant[one])
 
 
 class Blocks:
@@ -287,16 +284,19 @@ class Fusion:
         self.linear: Block | None = None
         self.log: Tensor | None = None  # ln(1 + v) for Dempster, ln v for the others
 
-    def add(self, block: Block, weights: Sequence[Tensor | float]) -> None:
-        """Fold in blocks [g, b, k], whose values are used up. weights: number or [b, 1] each; Dempster ignores them."""
-        for i, weight in enumerate(weights):
-            v = block.values[i]
+    def add(self, block: Block, weights: Tensor | float) -> None:
+        """Fold in blocks [g, b, k], whose values are used up. weights: [g, b, 1] or a number; Dempster has none."""
+        if self.dempster:
+            values = softplus(block.values) if block.kind == LOG else block.values
+        elif block.kind == LOG:
+            values = block.values + (torch.log(weights) if isinstance(weights, Tensor) else math.log(weights))
+        else:
+            values = block.values.mul_(weights)
+        for i in range(len(block.values)):
             if block.kind == LOG:
-                if not self.dempster:
-                    v = v + (torch.log(weight) if isinstance(weight, Tensor) else math.log(weight))
-                self._add_log(softplus(v) if self.dempster else v)
+                self._add_log(values[i])
             else:
-                self._add_linear(v if self.dempster else v.mul_(weight), block.bound)
+                self._add_linear(values[i], block.bound)
         self._keep()
 
     def _add_linear(self, v: Tensor, bound: float) -> None:
