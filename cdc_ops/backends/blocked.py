@@ -4,8 +4,8 @@ Fusion is elementwise in the class, and everything else an opinion or its loss n
 of logits can be made, folded into the fused block and into its row's sums, and overwritten by the next
 prompts'. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is, in blocks: forward
 one for each prompt at hand, of which there are two (or all, where the whole problem is small), and one for the fused
-opinion unless it is the output; backward M + 4, and 4 for each prompt at hand. In log space, or for an activation, 3 more
-for each prompt at hand, with squares 4, for the KL term 17.
+opinion unless it is the output; backward M + 4, and 4 for each prompt at hand. In log space, or for an activation, 3
+more for each prompt at hand, with squares 4, for the KL term 17.
 The more a pass holds at once, the fewer classes a block gets: all of them together stay below [B, M, K], those of
 fused_topk below [B, K] (as long as K is a few hundred, so that K numbers are more than the row sums of an image, and
 but for the KL term of one prompt, whose blocks of 64 classes may hold more).
@@ -13,7 +13,7 @@ but for the KL term of one prompt, whose blocks of 64 classes may hold more).
 Speed on a CPU comes from four things. A block stays in the cache between the matrix product and its
 epilogue. Two prompts are multiplied at once, one by each half of the threads. They are fused in linear space: one
 exponential for each logit, a power of 2, and one ``log1p`` for each class instead of a ``log1p`` for each logit; where
-that would leave the range of the dtype, which the lengths of the features or the block's largest logit tells, logarithms
+that would leave the range of the dtype, which the features' lengths or the block's largest logit tells, logarithms
 take over. And text is normalised by scaling its logits, not by making a normalised copy.
 """
 
