@@ -82,6 +82,8 @@ class Accumulator:
 
     def __init__(self, blocks: Blocks, sums: Sums) -> None:
         self.blocks, self.sums = blocks, sums
+        # then every block is in linear space, and no sum over all classes can overflow
+        self.linear = blocks.known_bounds is not None
         # of every kind that is asked for, [g, b] by first opinion and first image
         self.parts: dict[str, dict[tuple[int, int], Tensor]] = {}
 
@@ -100,7 +102,10 @@ class Accumulator:
             mine = Block(kept, block.kind).log_alpha(classes)
             put("log_target", torch.where(place.inside, mine, 0.0).squeeze(-1), torch.add)
             place.put(block.values, block.nothing)
-        put("log_sum", block.log_sum(), torch.logaddexp)
+        if self.linear:
+            put("sum", block.values.sum(-1), torch.add)
+        else:
+            put("log_sum", block.log_sum(), torch.logaddexp)
         if self.sums.square or self.sums.kl:
             log_alpha = block.log_alpha(classes)
             if self.sums.kl:
@@ -130,13 +135,20 @@ class Accumulator:
 
         Evidence is that of the classes at hand; the prior is always that of all.
         """
-        log_sum, classes = self._whole("log_sum"), self.blocks.problem.classes
-        if self.sums.target is None:
-            return softplus(log_sum).T
+        classes = self.blocks.problem.classes
+        without_target = self.sums.target is None
+        if self.linear:
+            total = self._whole("sum")
+            if without_target:
+                return total.log1p_().T
+            return (total.log_() if classes == 1 else total.sub_(1 / classes).log1p_()).T
+        total = self._whole("log_sum")
+        if without_target:
+            return softplus(total).T
         if classes == 1:
-            return log_sum.T
+            return total.T
         constant = math.log((classes - 1) / classes)
-        return softplus(log_sum - constant).add_(constant).T
+        return softplus(total - constant).add_(constant).T
 
     def results(self) -> tuple[Tensor | None, ...]:
         """log_rest (or ``-ln u``), log_target, log_square and kl_sum, each [B, M + 1] or None."""
