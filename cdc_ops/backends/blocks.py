@@ -103,7 +103,7 @@ class Cut(NamedTuple):
 
 @functools.lru_cache
 def cut(B: int, M: int, K: int, held: int, each: int, whole: int) -> Cut:
-    """The largest blocks that stay below ``whole`` numbers together; see :class:`Blocks`."""
+    """The largest blocks that stay below ``whole`` numbers together, where that is worth it; see :class:`Blocks`."""
     rows = max(1, min(BLOCK_ROWS, B))
     # few images: wider blocks, so that each is worth its overhead
     most = BLOCK_COLUMNS * (BLOCK_ROWS // rows)
@@ -117,11 +117,11 @@ def cut(B: int, M: int, K: int, held: int, each: int, whole: int) -> Cut:
     def products(prompts: int) -> int:
         return math.ceil(M / prompts) * math.ceil(K / columns(prompts))
 
-    choices = [1]
-    if (M >= 2 and room(2) >= LEAST_COLUMNS) or K <= LEAST_COLUMNS:
-        choices.append(min(2, M))
-    small = M * rows * K <= 2 * BLOCK_ROWS * BLOCK_COLUMNS
-    if small and (room(M) >= K or K <= LEAST_COLUMNS):
+    choices, large = [1], 2 * BLOCK_ROWS * BLOCK_COLUMNS
+    tiny = K <= LEAST_COLUMNS and (held + each * M) * rows * K <= large
+    if M >= 2 and (tiny or room(2) >= LEAST_COLUMNS):
+        choices.append(2)
+    if tiny or (M * rows * K <= large and room(M) >= K):
         choices.append(M)
     together = min(choices, key=products)
     return Cut(rows, columns(together), tuple(spans(M, together)))
