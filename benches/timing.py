@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
@@ -24,8 +25,8 @@ MOST_ROUNDS = 100
 def time_interleaved(
     calls: Mapping[str, Call], device: str, seconds: float, rounds: int = 5, wall: bool = False
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call, round by round: all calls once, then all again, in turned order, for ``seconds``
-    and at least ``rounds``.
+    """Milliseconds of every call, round by round: all calls once, then all again, in turned order, for ``rounds`` and
+    then for ``seconds``.
 
     What disturbs the machine disturbs neighbours in a round alike, so ratios are taken within rounds. Calls that
     would use up the time by themselves only take part in those first rounds. The calls must have run before: nothing
@@ -41,15 +42,17 @@ def time_interleaved(
     slow = {name for name, ms in first.items() if ms / 1e3 > seconds / (2 * rounds)}
     repeats = {name: 1 if device == "cuda" else max(1, int(SHORTEST * 1e3 / ms)) for name, ms in first.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    names, started = list(calls), time.perf_counter()
+    names, since = list(calls), math.inf
     for number in range(MOST_ROUNDS):
+        if number == rounds:
+            since = time.perf_counter()
+        if number >= rounds and (time.perf_counter() - since >= seconds or len(slow) == len(names)):
+            break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             if name in slow and number >= rounds:
                 continue
             taken[name].append(clock(calls[name], device, repeats[name]))
-        if number + 1 >= rounds and (time.perf_counter() - started > seconds or len(slow) == len(names)):
-            break
     return taken
 
 
