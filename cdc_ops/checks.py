@@ -295,9 +295,10 @@ def features(image: object, text: object) -> tuple[Tensor, Tensor]:
     """Image and text features that fit together, [B, D] or [B, M, D] against [M, K, D]; values are not read yet."""
     text = text_features("text", text)
     prompts, _, size = text.shape
-    image = floating("image", image, f"[B, {size}] or [B, {prompts}, {size}] to match text")
-    if image.dim() not in (2, 3) or image.shape[-1] != size or (image.dim() == 3 and image.shape[1] != prompts):
-        want = f"[B, {size}] or [B, {prompts}, {size}] to match text {list(text.shape)}"
+    want = f"[B, {size}] or [B, {prompts}, {size}] to match text {list(text.shape)}"
+    image = floating("image", image, want)
+    fits = image.dim() in (2, 3) and image.shape[-1] == size and (image.dim() == 2 or image.shape[1] == prompts)
+    if not fits:
         raise ValueError(f"image must have shape {want}; got {came(image)}")
     same_device("image", image, text=text)
     return image, text
