@@ -279,7 +279,8 @@ class Fusion:
 
     def __init__(self, blocks: Blocks, out: Tensor) -> None:
         self.dempster = blocks.problem.rule == "dempster"
-        self.limit = blocks.limit
+        # bounds that are known for every prompt rule out that all of them together overflow
+        self.limit = blocks.limit if blocks.known_bounds is None else math.inf
         self.out = out  # [b, k] where the linear part will be
         self.linear: Block | None = None
         self.log: Tensor | None = None  # ln(1 + v) for Dempster, ln v for the others

@@ -189,6 +189,34 @@ def test_blocked_is_as_accurate_as_reference_in_float32(scale, rule):
 # Gradients
 
 
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype, top", [(torch.float32, 65.0), (f64, 500.0)])
+def test_one_prompt_may_be_far_surer_than_the_others(request, dtype, top, rule, small):
+    """Their evidence together stays in linear space; as much from each of them would not."""
+    if small:
+        request.getfixturevalue("small_blocks")
+    image, text = features(6, 4, 7, 5)
+    image = image + 3 * text.mean(0)[:6]
+    y = torch.arange(6) % 7
+
+    def run(backend, dtype):
+        x, t, s = image.to(dtype), text.to(dtype), torch.tensor([0.4 * top / 3, 1.0, 0.1 * top, top / 2], dtype=dtype)
+
+        def parts(x, t, s):
+            kwargs = {"scale": s, "rule": rule, "backend": backend}
+            losses = [evidential_cross_entropy(x, t, y, form=form, reduction="none", **kwargs) for form in FORMS]
+            return *opinion_parts(fused_opinion(x, t, **kwargs)), *losses
+
+        return results_and_gradients(parts, (x, t, s), dtype)
+
+    for got, exact in zip(run("blocked", dtype), run("reference", f64), strict=True):
+        tolerance = 1e-3 if dtype == torch.float32 else 1e-9
+        torch.testing.assert_close(
+            got.double(), exact, rtol=tolerance, atol=tolerance * float(exact.detach().abs().max())
+        )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation, rule", list(itertools.product(ACTIVATIONS, RULES)))
 def test_gradcheck_of_the_opinion(small_blocks, backend, activation, rule):
