@@ -227,9 +227,9 @@ def test_what_somebody_has_damaged_is_made_again_or_told(published_root, protoco
 def test_the_memory_of_a_row_is_its_own(published_root, tmp_path, cdc_json):
     if not restart_peak_memory():
         pytest.skip("this system's high-water mark cannot be restarted")
-    held = torch.ones(400 * 2**20 // 4)
+    held = torch.ones(2**30 // 4)  # far more than a row and pages of a long test run that come back meanwhile
     del held
     before = peak_memory()
     data = ["--root", str(published_root), f"--out={tmp_path / 'run'}", "--datasets=[eurosat]"]
     cdc_json("protocol", "base-to-new", *SMALL, *data)
-    assert all(row["peak_memory_bytes"] < before - 100 * 2**20 for row in results(tmp_path / "run"))
+    assert all(row["peak_memory_bytes"] < before - 2**28 for row in results(tmp_path / "run"))
