@@ -48,6 +48,16 @@ def code_version(measured: tuple[str, ...] = OPERATIONS) -> str:
     return commit + (f"+{zlib.crc32(changed.encode() + difference):08x}" if changed else "")
 
 
+def interpret() -> None:
+    """Have Triton's kernels interpreted: it asks once, when it is imported, which other imports have done by now.
+
+    So this script starts again, unless it was started that way.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"TRITON_INTERPRET": "1"})
+
+
 def identity(device: str) -> Row:
     """What must agree for a row that is there to stand for one measured now."""
     return {

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import roofline
 import targets
 import torch
-from facts import ROOT, code_version, device_name
+from facts import ROOT, code_version, device_name, interpret
 from shapes import SCALE, SHAPES, Inputs, Shape, make_inputs, shape_for
 from timing import launches, peak_memory, ratios, time_interleaved
 from ways import Way, relative_error, truth, ways
@@ -218,7 +217,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.device == "interpreter":
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+        interpret()
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     key = key_of(arguments, dtype)
     arguments.out.mkdir(parents=True, exist_ok=True)

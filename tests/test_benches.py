@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import hardness
+import paths
 import pytest
 import report
 import scaling
@@ -29,7 +30,8 @@ def test_the_command_measures_the_kernels_in_the_interpreter(tmp_path):
     command = [sys.executable, "benches/report.py", "--device", "interpreter", "--shapes", "S1", "--out", str(tmp_path)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     ways = ["--ways", "bare product", "triton, tiles", "triton, chunks"]
-    subprocess.run([*command, *ways], cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True)
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"PYTHONPATH": paths}
+    subprocess.run([*command, *ways], cwd=ROOT, env=environment, check=True, capture_output=True)
     rows = rows_of(tmp_path)
     for operation in ("opinion", "loss gradients"):
         for path in ("tiles", "chunks"):
@@ -113,6 +115,21 @@ def test_growth_is_measured_drawn_and_gone_on_with(tmp_path, monkeypatch, capsys
     scaling.main()
     assert "base:" not in capsys.readouterr().out
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 12
+
+
+def test_paths_are_compared_judged_and_gone_on_with(tmp_path, capsys):
+    command = ["--device=interpreter", "--widths", "16", f"--out={tmp_path}"]
+    paths.main(command)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["direction"] for row in rows] == ["forward", "backward"]
+    assert all(0 <= row["ways"][path]["error"] < 1e-5 for row in rows for path in ("tiles", "chunks"))
+    assert all(way["ms"] > 0 for row in rows for way in row["ways"].values())
+    assert "the rule takes" in (tmp_path / "table.md").read_text() and (tmp_path / "paths.png").stat().st_size > 10_000
+    rows[0]["ways"] |= {"tiles": {"ms": 3.0}, "chunks": {"ms": 2.0}}
+    assert paths.judged(rows[0]) | {"taken": "tiles", "loses": 1.5} == paths.judged(rows[0])  # one launch less: tiles
+    capsys.readouterr()
+    paths.main(command)
+    assert "paths:" not in capsys.readouterr().out
 
 
 def test_hardness_is_measured_on_validation_classes(tmp_path, monkeypatch, capsys):
