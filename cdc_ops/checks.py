@@ -59,6 +59,11 @@ def _may_read(x: Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def _is_waited_for(device: torch.device) -> bool:
+    """Whether reading a number of the device costs more than a few operations."""
+    return device.type != "cpu"
+
+
 class Readings:
     """Numbers on a device that checks are waiting for, read together: an accelerator is waited for once."""
 
@@ -71,11 +76,23 @@ class Readings:
 
     def read(self) -> None:
         """Wait, and check in the order in which checks came."""
-        if self._waiting:
-            values = torch.stack([value for value, _ in self._waiting]).tolist()  # of the widest dtype among them
-            for (_, check), value in zip(self._waiting, values, strict=True):
-                check(value)
-            self._waiting.clear()
+        if not self._waiting:
+            return
+        found = [value for value, _ in self._waiting]
+        together = _is_waited_for(found[0].device)  # then in the widest dtype among them
+        values = torch.stack(found).tolist() if together else [value.item() for value in found]
+        for (_, check), value in zip(self._waiting, values, strict=True):
+            check(value)
+        self._waiting.clear()
+
+
+def at_least_single(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that holds numbers of all of these, float32 or float64."""
+    wide = torch.float32
+    for dtype in dtypes:
+        if dtype is not wide:
+            wide = torch.promote_types(wide, dtype)
+    return wide
 
 
 def came(x: object) -> str:
@@ -255,8 +272,8 @@ def finite_lengths(name: str, x: Tensor, readings: Readings | None = None) -> Te
     if not _may_read(x):
         return None
     mine = readings or Readings()
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    lengths = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=dtype)
+    dtype = at_least_single(x.dtype)
+    lengths = torch.linalg.vector_norm(x.detach() if x.requires_grad else x, dim=-1, dtype=dtype)
 
     def check(total: float) -> None:
         if not math.isfinite(total):

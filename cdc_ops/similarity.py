@@ -33,7 +33,7 @@ def make_problem(
     checks.one_of("activation", activation, ACTIVATIONS)
     checks.one_of("rule", rule, RULES)
     image, text = checks.features(image, text)
-    dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+    dtype = checks.at_least_single(image.dtype, text.dtype)
     M, K = text.shape[:2]
     scale = checks.per_prompt("scale", scale, M, dtype, image.device, mine)
     bias = None if bias is None else checks.per_prompt("bias", bias, M, dtype, image.device, mine)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdc_ops.backends import LossForm, Problem, loss_from_sums, refuse_second_derivatives
-from cdc_ops.backends.blocks import EPS, LOG, LOG1P, Block, Blocks, Fusion, Group, exp_, spans
+from cdc_ops.backends.blocks import EPS, LOG, LOG1P, Block, Blocks, Fusion, Group, as_dtype, exp_, spans
 from cdc_ops.dirichlet import RowSums
 from cdc_ops.fusion import confidence_weight
 from cdc_ops.special import kl_element, kl_slope, softplus
@@ -196,7 +196,7 @@ def sweep(
     for columns in spans(blocks.K, blocks.columns):
         groups = blocks.groups_at(columns, blocks.lengths(columns))
         for rows in spans(blocks.B, blocks.rows):
-            out = blocks.buffer("fused", ONE, rows, columns)[0] if log_ratio is None else log_ratio[rows, columns]
+            out = blocks.place(rows, columns, log_ratio)
             fusion = Fusion(blocks, out)
             for group in groups:
                 prompts = group.prompts
@@ -210,6 +210,33 @@ def sweep(
             yield rows, columns, fusion
 
 
+def plain_opinion(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """log_ratio [B, K] and ``-ln u`` [B, M + 1] where ``blocks.plain``, as :func:`sweep` would make them.
+
+    The same calls, without the lines that choose them: a CPU's product has pushed those out of the cache, and to run
+    them takes some per cent of its time.
+    """
+    log_ratio = blocks.image.new_empty(blocks.B, blocks.K)
+    totals: dict[int, Tensor] = {}  # [M + 1, b] by the first of the images
+    for columns in spans(blocks.K, blocks.columns):
+        groups = blocks.groups_at(columns, blocks.lengths(columns))
+        for rows in spans(blocks.B, blocks.rows):
+            out, fused, sums = blocks.place(rows, columns, log_ratio), None, []
+            for group in groups:
+                product = blocks.product(group, rows, blocks.buffer("logits", group.prompts, rows, columns))
+                z = blocks.logits(group, product, out.unsqueeze(0) if group.prompts == ONE else product)
+                values = blocks.powers(z)
+                sums.append(values.sum(-1))
+                for v in values.unbind():
+                    fused = v if fused is None else torch.add(fused, v.addcmul_(v, fused), out=out)
+            total = torch.cat([*sums, out.sum(-1).unsqueeze(0)])
+            totals[rows.start] = totals[rows.start].add_(total) if columns.start else total
+            torch.log1p(out, out=out)
+    none = blocks.image.new_empty(blocks.M + 1, 0)
+    whole = totals[0] if len(totals) == 1 else torch.cat([none, *totals.values()], 1)
+    return log_ratio, whole.log1p_().T
+
+
 def row_sums(image: Tensor, problem: Problem, sums: Sums, want_log_ratio: bool) -> tuple[Tensor | None, ...]:
     """The row sums of :mod:`cdc_ops.dirichlet`, and log_ratio [B, K] if asked.
 
@@ -218,6 +245,10 @@ def row_sums(image: Tensor, problem: Problem, sums: Sums, want_log_ratio: bool) 
     """
     held = 0 if want_log_ratio else 1
     blocks = Blocks(problem, image, held, 1 + sums.held, math.prod(problem.sizes))
+    if blocks.plain and want_log_ratio and sums.target is None and not sums.held:
+        opinion = plain_opinion(blocks)
+        blocks.close()
+        return *opinion, None, None, None
     log_ratio = image.new_empty(blocks.B, blocks.K) if want_log_ratio else None
     accumulator = Accumulator(blocks, sums)
     for _, _, fusion in sweep(blocks, accumulator, log_ratio):
@@ -343,7 +374,7 @@ def fused_slopes(blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, weig
         groups = blocks.groups_at(columns, lengths)
         for rows in spans(blocks.B, blocks.rows):
             products = blocks.buffer("products", slice(0, blocks.M), rows, columns)
-            fusion = Fusion(blocks, blocks.buffer("fused", ONE, rows, columns)[0])
+            fusion = Fusion(blocks, blocks.place(rows, columns))
             for group in groups:
                 prompts = group.prompts
                 product = blocks.product(group, rows, products[prompts])
@@ -446,12 +477,12 @@ def through_length(grad: Tensor, text: Tensor, length: Tensor | None) -> Tensor:
 
 def prepared_image(problem: Problem) -> Tensor:
     """Image features in the problem's dtype, normalised if asked; differentiable."""
-    x = problem.image.to(problem.dtype)
+    x = as_dtype(problem.image, problem.dtype)
     if not problem.normalize:
         return x
     if problem.image_norm is None or (torch.is_grad_enabled() and x.requires_grad):
         return F.normalize(x, dim=-1, eps=EPS)
-    return x / problem.image_norm.to(x.dtype).clamp_min(EPS).unsqueeze(-1)
+    return x / as_dtype(problem.image_norm, x.dtype).clamp_min(EPS).unsqueeze(-1)
 
 
 def differentiable_row_sums(problem: Problem, sums: Sums, want_log_ratio: bool) -> tuple[Any, ...]:
@@ -459,15 +490,14 @@ def differentiable_row_sums(problem: Problem, sums: Sums, want_log_ratio: bool) 
     image, inputs = prepared_image(problem), (problem.text, problem.scale, problem.bias, problem.weight)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (image, *inputs)):
         return RowSumsFunction.apply(image, *inputs, problem, sums, want_log_ratio)  # type: ignore[no-any-return]
-    with torch.no_grad():
-        return row_sums(image, problem, sums, want_log_ratio)
+    return row_sums(image, problem, sums, want_log_ratio)
 
 
 def fused_opinion(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`cdc_ops.backends`."""
     M = problem.sizes[1]
     log_ratio, total, *_ = differentiable_row_sums(problem, Sums(None), True)
-    return log_ratio, total[:, M], total[:, :M]
+    return log_ratio, total.select(1, M), total.narrow(1, 0, M)
 
 
 def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

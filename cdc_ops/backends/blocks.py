@@ -34,6 +34,11 @@ _idle: dict[torch.dtype, Tensor] = {}
 LINEAR, LOG, LOG1P = "v", "ln v", "ln(1 + v)"
 
 
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which takes its time to find nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def exp_(x: Tensor) -> Tensor:
     """``exp`` in place, never below the smallest normal number: subnormal numbers cost a CPU a hundredfold."""
     return x.clamp_(min=math.log(torch.finfo(x.dtype).tiny) + 1e-3).exp_()
@@ -137,6 +142,33 @@ class Group(NamedTuple):
     constant: Tensor  # [g, 1, 1] that is added then
 
 
+class Reach(NamedTuple):
+    """How far evidence goes, by numbers alone: |cos| <= 1 bounds the logits of normalised features."""
+
+    limit: float  # largest ln(1 + v) kept in linear space: a row sum of these cannot overflow
+    known_bounds: tuple[float, ...] | None  # on each prompt's ln(1 + v), if they rule overflow out
+    may_underflow: bool  # exp of a logit
+
+
+@functools.lru_cache
+def reach(
+    scale: tuple[float, ...], bias: tuple[float, ...] | None, activation: str, prior_weight: float, terms: int,
+    dtype: torch.dtype, normalize: bool,
+) -> Reach:  # fmt: skip
+    """The reach of prompts with these scales and biases; terms: of the sums that must not overflow."""
+    limit = math.log(torch.finfo(dtype).max) - math.log(terms) - 1
+    if not normalize:
+        return Reach(limit, None, True)
+    exp = activation == "exp"
+    subtracted = math.log(prior_weight) if exp else 0.0
+    bounds, may_underflow = [], False
+    for size, c in zip(map(abs, scale), bias or (0.0,) * len(scale), strict=True):
+        top = size + c - subtracted
+        bounds.append(log1p_exp(top) if exp else math.log1p((max(top, 0) + 1) / prior_weight))
+        may_underflow |= c - subtracted - size < math.log(torch.finfo(dtype).tiny) + 1
+    return Reach(limit, tuple(bounds) if sum(bounds) < limit else None, may_underflow)
+
+
 class Blocks:
     """A problem cut into blocks, with the buffers they are made in.
 
@@ -152,27 +184,28 @@ class Blocks:
     ) -> None:
         self.problem, self.image = problem, image
         self.B, self.M, self.K = problem.sizes
-        terms = self.K * (self.M if problem.rule == "cumulative" else 1)
-        #: largest ln(1 + v) kept in linear space: a row sum of these cannot overflow
-        self.limit = math.log(torch.finfo(problem.dtype).max) - math.log(terms) - 1
         self.log_w = math.log(problem.prior_weight)
-        subtracted = self.log_w if problem.activation == "exp" else 0.0
-        constants = [c - subtracted for c in ([0.0] * self.M if problem.bias is None else problem.bias.tolist())]
-        self.known_bounds, self.may_underflow = self._from_unit_length(constants)
+        numbers = tuple(problem.scale.tolist()), None if problem.bias is None else tuple(problem.bias.tolist())
+        terms = self.K * (self.M if problem.rule == "cumulative" else 1)
+        self.limit, self.known_bounds, self.may_underflow = reach(
+            *numbers, problem.activation, problem.prior_weight, terms, problem.dtype, problem.normalize
+        )
         #: exp evidence that surely stays in linear space is made of powers of 2: a CPU has them in half the time
         self.binary = problem.activation == "exp" and self.known_bounds is not None and not logarithms
+        #: whether an opinion alone is made by plain_opinion
+        self.plain = self.binary and problem.rule == "dempster"
         #: what a logit is multiplied by
         self.unit = LOG2_E if self.binary else 1.0
-        if problem.bias is None:
-            constant = problem.scale.new_full((self.M, 1, 1), -subtracted * self.unit)
-        else:
-            constant = (problem.bias - subtracted).mul_(self.unit).view(-1, 1, 1)
         if problem.activation != "exp" or self.known_bounds is None:
             held, each = held + 1, each + 3  # an activation, or a step in log space, makes blocks of its own
         self.rows, self.columns, self.groups = cut(self.B, self.M, self.K, held, each, whole)
-        self._constants = constant.chunk(len(self.groups))
+        n, subtracted = len(self.groups), self.log_w if problem.activation == "exp" else 0.0
+        if problem.bias is None:
+            self._constants = (problem.scale.new_full((1, 1, 1), -subtracted * self.unit),) * n
+        else:
+            self._constants = (problem.bias - subtracted).mul_(self.unit).view(-1, 1, 1).chunk(n)
         each_image = image.expand(self.M, *image.shape) if image.dim() == 2 else image.transpose(0, 1)
-        self._images = each_image.chunk(len(self.groups))
+        self._images = each_image.chunk(n)
         self._memory: dict[str, Tensor] = {}
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # popping from a dict is atomic: no two threads, and no two problems in one thread, share a block
@@ -192,21 +225,9 @@ class Blocks:
         self._memory.clear()
         self._buffers.clear()
 
-    def _from_unit_length(self, constants: list[float]) -> tuple[list[float] | None, bool]:
-        """What |cos| <= 1 tells: bounds on ln(1 + v) when they rule overflow out, and whether exp may underflow."""
-        if not self.problem.normalize:
-            return None, True
-        exp = self.problem.activation == "exp"
-        bounds, may_underflow = [], False
-        for scale, c in zip(self.problem.scale.tolist(), constants, strict=True):
-            top = abs(scale) + c
-            bounds.append(log1p_exp(top) if exp else math.log1p((max(top, 0) + 1) / self.problem.prior_weight))
-            may_underflow |= c - abs(scale) < math.log(torch.finfo(self.problem.dtype).tiny) + 1
-        return (bounds if sum(bounds) < self.limit else None), may_underflow
-
     def buffer(self, name: str, *place: slice) -> Tensor:
         """Reusable blocks [g, b, k] for prompts, images and classes; they hold whatever was left there."""
-        sizes = tuple(part.stop - part.start for part in place)
+        sizes = tuple([part.stop - part.start for part in place])
         key = name, sizes
         if key not in self._buffers:
             size = math.prod(sizes)
@@ -222,19 +243,23 @@ class Blocks:
         taken, self._spare = self._spare[:size], self._spare[size:]
         return taken
 
+    def classes(self, x: Tensor, columns: slice) -> Tensor:
+        """Classes of x [M, K, ...]."""
+        return x if self.columns == self.K else x[:, columns]
+
     def lengths(self, columns: slice) -> Tensor | None:
         """Lengths [M, k] that text is to be divided by, or None when features are taken as they are."""
         if not self.problem.normalize:
             return None
         norm = self.problem.text_norm
         if norm is not None:
-            return norm[:, columns].to(self.problem.dtype).clamp_min(EPS)
-        text = self.problem.text[:, columns]
+            return as_dtype(self.classes(norm, columns), self.problem.dtype).clamp_min(EPS)
+        text = self.classes(self.problem.text, columns)
         return torch.linalg.vector_norm(text, dim=-1, dtype=self.problem.dtype).clamp_min_(EPS)
 
     def groups_at(self, columns: slice, lengths: Tensor | None) -> list[Group]:
         """Every group, for a block of classes whose lengths are given."""
-        text = self.problem.text[:, columns].to(self.problem.dtype).transpose(1, 2)
+        text = as_dtype(self.classes(self.problem.text, columns), self.problem.dtype).transpose(1, 2)
         scale, n = self.problem.scale.view(-1, 1, 1), len(self.groups)
         # without lengths written out: PyTorch vectorises a row, not a broadcast number
         factor = scale.repeat(1, 1, text.shape[2]) if lengths is None else scale / lengths.unsqueeze(1)
@@ -248,6 +273,16 @@ class Blocks:
         """Logits z (for exp evidence ``ln v = z - ln W``), times the unit, from products [g, b, k], into ``out``."""
         return torch.addcmul(group.constant, product, group.factor, value=self.unit, out=out)
 
+    def place(self, rows: slice, columns: slice, whole: Tensor | None = None) -> Tensor:
+        """Where a fused block [b, k] is made: in the whole [B, K], or in a buffer."""
+        if whole is None:
+            return self.buffer("fused", slice(0, 1), rows, columns)[0]
+        return whole if whole.shape == (rows.stop - rows.start, columns.stop - columns.start) else whole[rows, columns]
+
+    def powers(self, z: Tensor) -> Tensor:
+        """``v`` of a binary pass from :meth:`logits`, in place."""
+        return exp2_(z) if self.may_underflow else z.exp2_()
+
     def evidence(self, prompts: slice, z: Tensor) -> Block:
         """Evidence from :meth:`logits`, in place."""
         known = None if self.known_bounds is None else max(self.known_bounds[prompts])
@@ -256,7 +291,7 @@ class Blocks:
             if not bound < self.limit:  # also for nan
                 return Block(z, LOG, bound)
             if self.binary:
-                return Block(exp2_(z) if self.may_underflow else z.exp2_(), LINEAR, bound)
+                return Block(self.powers(z), LINEAR, bound)
             return Block(exp_(z) if self.may_underflow else z.exp_(), LINEAR, bound)
         e = softplus(z) if self.problem.activation == "softplus" else z.relu_()
         bound = math.log1p(float(e.amax()) / self.problem.prior_weight) if known is None else known

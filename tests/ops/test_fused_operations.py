@@ -21,7 +21,7 @@ from cdc_ops import (
     fused_opinion,
     fused_topk,
 )
-from cdc_ops.backends import blocks
+from cdc_ops.backends import blocked, blocks
 
 BACKENDS = ["reference", "blocked"]
 ACTIVATIONS = ["exp", "softplus", "relu"]
@@ -505,3 +505,28 @@ def test_compiles_without_a_graph_break(backend):
     got = results_and_gradients(compiled, (image, text, torch.tensor(5.0)))
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(("B", "M", "K"), [(0, 2, 5), (5, 1, 7), (5, 2, 7), (5, 3, 7), (7, 5, 4), (3, 4, 300)])
+@pytest.mark.parametrize("bias", [None, "each"])
+def test_the_plain_opinion_is_the_sweep_s_bit_by_bit(request, monkeypatch, small, B, M, K, bias):
+    if small:
+        request.getfixturevalue("small_blocks")
+    image, text = features(B, M, K, 6, per_prompt=M == 3, dtype=torch.float32)
+    kwargs = {"scale": torch.linspace(3, 20, M), "bias": bias and torch.linspace(-2, 1, M), "backend": "blocked"}
+    made, plain_opinion = [], blocked.plain_opinion
+    monkeypatch.setattr(blocked, "plain_opinion", lambda given: made.append(given.plain) or plain_opinion(given))
+    plain = fused_opinion(image, text, **kwargs)
+    assert made == [True]
+    ours = blocks.Blocks.__init__
+
+    def never_plain(self, *args, **kwargs):
+        ours(self, *args, **kwargs)
+        self.plain = False
+
+    monkeypatch.setattr(blocks.Blocks, "__init__", never_plain)
+    swept = fused_opinion(image, text, **kwargs)
+    assert made == [True]
+    for name in ("log_ratio", "log_partition", "prompt_log_partition"):
+        assert torch.equal(getattr(plain, name), getattr(swept, name)), name
