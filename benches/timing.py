@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
@@ -16,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 Call = Callable[[], Iterable[Tensor]]
 
-#: Below this a CPU call is repeated within one measurement, so that the clock's own cost does not show.
-SHORTEST = 2e-3
+#: Seconds of one measurement on a CPU: a call that takes less runs in a loop for so long, as it does where it is used.
+#: Its first run pays for the caches that another way has filled, the others do not.
+LOOP = 20e-3
 #: The most rounds there are.
 MOST_ROUNDS = 100
 
@@ -25,7 +27,7 @@ MOST_ROUNDS = 100
 def time_interleaved(
     calls: Mapping[str, Call], device: str, seconds: float, rounds: int = 5, wall: bool = False
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call, round by round: all calls once, then all again, in turned order, for ``rounds`` and
+    """Milliseconds of every call, round by round: all calls once, then all again, in another order, for ``rounds`` and
     then for ``seconds``.
 
     What disturbs the machine disturbs neighbours in a round alike, so ratios are taken within rounds. Calls that
@@ -40,16 +42,16 @@ def time_interleaved(
     gc.collect()
     first = {name: clock(call, device) for name, call in calls.items()}  # also tells how long each takes
     slow = {name for name, ms in first.items() if ms / 1e3 > seconds / (2 * rounds)}
-    repeats = {name: 1 if device == "cuda" else max(1, int(SHORTEST * 1e3 / ms)) for name, ms in first.items()}
+    repeats = {name: 1 if device == "cuda" else math.ceil(LOOP * 1e3 / ms) for name, ms in first.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    names, since = list(calls), math.inf
+    names, since, shuffled = list(calls), math.inf, random.Random(0)  # no way always follows the same other one
     for number in range(MOST_ROUNDS):
         if number == rounds:
             since = time.perf_counter()
         if number >= rounds and (time.perf_counter() - since >= seconds or len(slow) == len(names)):
             break
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        shuffled.shuffle(names)
+        for name in names:
             if name in slow and number >= rounds:
                 continue
             taken[name].append(clock(calls[name], device, repeats[name]))

@@ -1,5 +1,6 @@
 """The report of the benches runs end to end, without a GPU too: it cannot rot between measurements."""
 
+import itertools
 import json
 import os
 import re
@@ -86,6 +87,17 @@ def test_every_call_is_timed_in_every_round():
     calls = {"a": lambda: (), "b": lambda: ()}
     taken = time_interleaved(calls, "cpu", seconds=0.0, rounds=3)
     assert [len(taken[name]) for name in calls] == [3, 3]
+
+
+def test_short_calls_run_in_a_loop_and_follow_each_other_by_chance(monkeypatch):
+    order = []
+    monkeypatch.setattr("timing.wall_clock", lambda call, device, repeats=1: order.append((call(), repeats)) or 6.0)
+    taken = time_interleaved({name: lambda name=name: name for name in "abc"}, "cpu", seconds=0.0, rounds=20)
+    assert {name: len(ms) for name, ms in taken.items()} == {"a": 20, "b": 20, "c": 20}
+    assert [repeats for _, repeats in order] == [1] * 3 + [4] * 60  # 20 ms of a call that takes 6
+    names = [name for name, _ in order[3:]]
+    assert all(set(names[i : i + 3]) == set("abc") for i in range(0, 60, 3))
+    assert len({(a, b) for a, b in itertools.pairwise(names) if a != b}) == 6
 
 
 def test_targets_are_judged_by_the_best_of_each_side():
