@@ -114,7 +114,8 @@ class LossForm:
 def loss_from_sums(sums: RowSums, problem: Problem, loss: LossForm) -> Tensor:
     """The loss of each image [B] from the row sums [B, M + 1] of its opinions, the fused one last."""
     each = loss_from_row_sums(sums, problem.classes, problem.prior_weight, loss.form, loss.kl_weight)
-    return loss.prompt_weight * each[:, :-1].sum(1) + loss.fused_weight * each[:, -1]
+    prompts, fused = each.split([each.shape[1] - 1, 1], 1)  # slices' gradients are C++ that Inductor 2.11 gets wrong
+    return loss.prompt_weight * prompts.sum(1) + loss.fused_weight * fused.squeeze(1)
 
 
 class Backend(Protocol):
