@@ -1,6 +1,6 @@
 """The kernels' two paths against each other by the width D of the features, and what the rule between them picks.
 
-    python benches/paths.py                         on a GPU, in about three minutes
+    python benches/paths.py                         on a GPU; some minutes
     python benches/paths.py --device interpreter    tiny sizes in Triton's interpreter: proves the way, not its speed
 
 For each dtype, direction and D it compares "tiles" and "chunks" (kernels/README.md) with float64 and times them in turn
