@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -63,6 +63,7 @@ class Case:
         elif layout == "expanded":
             x, t = x[:1].expand_as(x), t[:1].expand_as(t)
         self.scale, self.path, self.cut = scale, path, cut
+        self.slope_size = 1.0  # of a logit, before it is multiplied by what made the logit
         self.product_size = 1.0 if normalize else float(x.norm(dim=-1).max() * t.norm(dim=-1).max())
         self.logit_size = scale * self.product_size
         self.inputs = [
@@ -89,7 +90,7 @@ class Case:
             "scale": B * self.product_size,
             "bias": B,
         }
-        return float(sizes.get(name, 1.0))
+        return float(sizes[name]) * self.slope_size if name in sizes else 1.0
 
     def leaves(self, dtype):
         """The inputs, layout kept, in the dtype (None: as they are), asking for gradients."""
@@ -130,6 +131,10 @@ def run_opinion(case):
 
 
 def run_loss(case, **form):
+    # the KL's gradient, (alpha - 1) trigamma(alpha) without evidence, is large where W / K is small
+    alpha = torch.tensor((case.options["prior_weight"] or case.inputs[1].shape[1]) / case.inputs[1].shape[1])
+    case.slope_size = 1.0 + form.get("kl_weight", 0.0) * float((alpha - 1).abs() * torch.polygamma(1, alpha))
+
     def compute(inputs, backend):
         options = {**case.options, **form, "reduction": "none", "backend": backend}
         loss = evidential_cross_entropy(*inputs[:2], case.target, scale=inputs[2], bias=inputs[3], **options)
@@ -184,6 +189,12 @@ def test_fused_opinion(case):
     st.sampled_from([0.0, 0.4]),
     st.sampled_from([(1.0, 1.0), (0.0, 1.0), (0.5, 0.0)]),
 )
+@example(
+    Case(
+        5, 2, 17, 1, scale=0.1, shared=False, activation="relu", rule="averaging", prior_weight=2.0, confident=True,
+        layout="expanded", seed=156, path="chunks", cut=True,
+    ), "log", 0.4, (0.5, 0.0),
+)  # fmt: skip
 def test_evidential_loss(case, form, kl_weight, weights):
     run_loss(case, form=form, kl_weight=kl_weight, prompt_weight=weights[0], fused_weight=weights[1])
 
