@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -32,6 +33,12 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def results_folder(device: str) -> Path:
+    """Where the tables of the fused operations on "cuda", "cpu" or "interpreter" go."""
+    name = device_name(device) if device == "cuda" else device
+    return ROOT / "benches/results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def code_version(measured: tuple[str, ...] = OPERATIONS) -> str:

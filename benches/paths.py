@@ -13,7 +13,6 @@ is than the faster one. Points that are measured are kept in results.jsonl, so t
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from unittest.mock import patch
 
 import matplotlib
 import torch
-from facts import ROOT, code_version, device_name, interpret
+from facts import code_version, device_name, interpret, results_folder
 from report import OUR_TOLERANCE
 from shapes import SCALE, Inputs, Shape, make_inputs
 from timing import time_interleaved
@@ -179,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     elif not torch.cuda.is_available():
         raise SystemExit("no GPU: the kernels run on one, or in Triton's interpreter (--device interpreter)")
     name = "interpreter" if tiny else device_name("cuda")
-    out = arguments.out or ROOT / "benches/results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") / "paths"
+    out = arguments.out or results_folder(arguments.device) / "paths"
     sizes = {"B": 4, "M": 2, "K": 40} if tiny else SIZES
     results, at = Rows(out / "results.jsonl"), f"{name}, torch {torch.__version__}"
     command = " ".join(["python benches/paths.py", *(sys.argv[1:] if argv is None else argv)])

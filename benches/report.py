@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from functools import partial
@@ -24,7 +23,7 @@ from typing import Any
 import roofline
 import targets
 import torch
-from facts import ROOT, code_version, device_name, interpret
+from facts import code_version, device_name, interpret, results_folder
 from shapes import SCALE, SHAPES, Inputs, Shape, make_inputs, shape_for
 from timing import launches, peak_memory, ratios, time_interleaved
 from ways import Way, relative_error, truth, ways
@@ -209,8 +208,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if arguments.seconds is None:
         arguments.seconds = 0.0 if arguments.tiny else SECONDS[arguments.device]
     if arguments.out is None:
-        name = device_name("cuda") if arguments.device == "cuda" else arguments.device
-        arguments.out = ROOT / "benches/results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        arguments.out = results_folder(arguments.device)
     return arguments
 
 
