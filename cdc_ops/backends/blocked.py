@@ -13,8 +13,8 @@ but for the KL term of one prompt, whose blocks of 64 classes may hold more).
 Speed on a CPU comes from four things. A block stays in the cache between the matrix product and its
 epilogue. Two prompts are multiplied at once, one by each half of the threads. They are fused in linear space: one
 exponential for each logit, a power of 2, and one ``log1p`` for each class instead of a ``log1p`` for each logit; where
-that would leave the range of the dtype, which the features' lengths or the block's largest logit tells, logarithms
-take over. And text is normalised by scaling its logits, not by making a normalised copy.
+that would leave the range of the dtype, which the features' lengths, the block's largest logit or its row sums tell,
+logarithms take over. And text is normalised by scaling its logits, not by making a normalised copy.
 """
 
 from __future__ import annotations
@@ -210,45 +210,77 @@ def sweep(
             yield rows, columns, fusion
 
 
-def plain_opinion(blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """log_ratio [B, K] and ``-ln u`` [B, M + 1] where ``blocks.plain``, as :func:`sweep` would make them.
+def linear_opinion(blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+    """log_ratio [B, K] and ``-ln u`` [B, M + 1] of exp evidence by Dempster's rule; None where that overflows.
 
-    The same calls, without the lines that choose them: a CPU's product has pushed those out of the cache, and to run
-    them takes some per cent of its time.
+    What :func:`sweep` makes too, in fewer calls and without the lines that choose them: a CPU's product has pushed
+    those out of the cache, and to run them takes some per cent of its time. Row sums, which are needed anyway, bound
+    the evidence. Where the product over all prompts could overflow, as at CLIP's scale of 100, what it has come to
+    becomes a logarithm and the product begins anew.
     """
+    known = blocks.known_bounds is not None  # then nothing overflows
     log_ratio = blocks.image.new_empty(blocks.B, blocks.K)
-    totals: dict[int, Tensor] = {}  # [M + 1, b] by the first of the images
+    prompts: dict[int, Tensor] = {}  # sum_k v_k [M, b] by the first of the images
+    fused: dict[int, Tensor] = {}  # [b]; a logarithm, if not known
     for columns in spans(blocks.K, blocks.columns):
         groups = blocks.groups_at(columns, blocks.lengths(columns))
         for rows in spans(blocks.B, blocks.rows):
-            out, fused, sums = blocks.place(rows, columns, log_ratio), None, []
+            out, q, log, sums, reached = blocks.place(rows, columns, log_ratio), None, None, [], 0.0
             for group in groups:
                 product = blocks.product(group, rows, blocks.buffer("logits", group.prompts, rows, columns))
                 z = blocks.logits(group, product, out.unsqueeze(0) if group.prompts == ONE else product)
-                values = blocks.powers(z)
+                values = blocks.exponential(z)
                 sums.append(values.sum(-1))
-                for v in values.unbind():
-                    fused = v if fused is None else torch.add(fused, v.addcmul_(v, fused), out=out)
-            total = torch.cat([*sums, out.sum(-1).unsqueeze(0)])
-            totals[rows.start] = totals[rows.start].add_(total) if columns.start else total
+                bounds = [0.0] * len(values) if known else sums[-1].amax(-1).log1p_().tolist()
+                for v, bound in zip(values.unbind(), bounds, strict=True):
+                    if not bound < blocks.limit:  # also for nan
+                        return None
+                    reached += bound  # no ln(1 + q) is larger
+                    if q is not None and reached >= blocks.limit:
+                        log = torch.log1p(q) if log is None else log.add_(q.log1p_())
+                        q, reached = out.copy_(v), bound
+                    else:
+                        q = v if q is None else torch.add(q, v.addcmul_(v, q), out=out)
+            total, last = torch.cat(sums), out.sum(-1)
             torch.log1p(out, out=out)
-    none = blocks.image.new_empty(blocks.M + 1, 0)
-    whole = totals[0] if len(totals) == 1 else torch.cat([none, *totals.values()], 1)
-    return log_ratio, whole.log1p_().T
+            if log is not None:
+                last = Block(out.add_(log), LOG1P).log_sum(spare=log)
+            elif not known:
+                last.log_()
+            if columns.start:
+                total.add_(prompts[rows.start])
+                last = (torch.add if known else torch.logaddexp)(last, fused[rows.start])
+            prompts[rows.start], fused[rows.start] = total, last
+    if not prompts:  # no images
+        return log_ratio, log_ratio.new_empty(0, blocks.M + 1)
+    total, last = side_by_side(prompts), side_by_side(fused)
+    last = last.log1p_() if known else softplus(last)
+    return log_ratio, torch.cat([total.log1p_(), last.unsqueeze(0)]).T
 
 
-def row_sums(image: Tensor, problem: Problem, sums: Sums, want_log_ratio: bool) -> tuple[Tensor | None, ...]:
+def side_by_side(parts: dict[int, Tensor]) -> Tensor:
+    """Results [..., b] for one block of images after the other as [..., B]."""
+    first, *others = parts.values()
+    return torch.cat([first, *others], -1) if others else first
+
+
+def row_sums(
+    image: Tensor, problem: Problem, sums: Sums, want_log_ratio: bool, again: bool = False
+) -> tuple[Tensor | None, ...]:
     """The row sums of :mod:`cdc_ops.dirichlet`, and log_ratio [B, K] if asked.
 
     image is normalised already, in the problem's dtype. Without a target the row sums are just ``-ln u``. The
-    last column of each is the fused opinion's.
+    last column of each is the fused opinion's. again: whether a backward pass will follow.
     """
-    held = 0 if want_log_ratio else 1
-    blocks = Blocks(problem, image, held, 1 + sums.held, math.prod(problem.sizes))
-    if blocks.plain and want_log_ratio and sums.target is None and not sums.held:
-        opinion = plain_opinion(blocks)
-        blocks.close()
-        return *opinion, None, None, None
+    held, whole = 0 if want_log_ratio else 1, math.prod(problem.sizes)
+    plain = problem.activation == "exp" and problem.rule == "dempster" and sums.target is None and not sums.held
+    if plain and want_log_ratio:
+        blocks = Blocks(problem, image, held, 1, whole, linear=True, again=again)
+        opinion = linear_opinion(blocks)
+        blocks.close(keep=opinion is not None)  # the sweep's blocks are smaller
+        if opinion is not None:
+            return *opinion, None, None, None
+    blocks = Blocks(problem, image, held, 1 + sums.held, whole)
     log_ratio = image.new_empty(blocks.B, blocks.K) if want_log_ratio else None
     accumulator = Accumulator(blocks, sums)
     for _, _, fusion in sweep(blocks, accumulator, log_ratio):
@@ -273,7 +305,7 @@ class RowSumsFunction(torch.autograd.Function):
         sums: Sums,
         want_log_ratio: bool,
     ) -> tuple[Tensor | None, ...]:
-        log_ratio, *results = row_sums(image, problem, sums, want_log_ratio)
+        log_ratio, *results = row_sums(image, problem, sums, want_log_ratio, again=True)
         ctx.problem, ctx.sums, ctx.want_log_ratio = problem, sums, want_log_ratio
         # text, scale, bias and weight are read through the problem; saving them guards against changes in place
         ctx.save_for_backward(image, text, scale, bias, weight, *results[:3])

@@ -61,8 +61,8 @@ class Block(NamedTuple):
         """The value that stands for no evidence."""
         return -math.inf if self.kind == LOG else 0.0
 
-    def log_sum(self) -> Tensor:
-        """``ln sum_k v_k`` [..., b]."""
+    def log_sum(self, spare: Tensor | None = None) -> Tensor:
+        """``ln sum_k v_k`` [..., b]; spare: a block that may be written to."""
         x = self.values
         if self.kind == LINEAR:
             return x.sum(-1).log_()
@@ -72,9 +72,9 @@ class Block(NamedTuple):
         if x.shape[-1] * math.exp(-float(top.amin())) < 0.05:
             # every row holds much evidence: the K ones of sum exp(l) - K can be taken off afterwards
             ones = x.shape[-1] * torch.exp(-top.squeeze(-1))
-            return exp_(x - top).sum(-1).sub_(ones).log_().add_(top.squeeze(-1))
+            return exp_(torch.sub(x, top, out=spare)).sum(-1).sub_(ones).log_().add_(top.squeeze(-1))
         shift = (top - 30).clamp_min_(0)
-        total = (torch.expm1(x - shift) - torch.expm1(-shift)).sum(-1)
+        total = torch.sub(x, shift, out=spare).expm1_().sub_(torch.expm1(-shift)).sum(-1)
         return total.log_() + shift.squeeze(-1)
 
     def log_alpha(self, classes: int) -> Tensor:
@@ -174,13 +174,23 @@ class Blocks:
 
     ``held``: how many blocks a pass has at once beside its prompts' logits, and ``each``: how many for each prompt
     whose evidence is made, logits included, when it is made in linear space; with the lengths and factors of
-    their classes they stay below ``whole`` numbers. ``logarithms``: whether a pass uses logits, not only evidence.
+    their classes they stay below ``whole`` numbers. ``logarithms``: whether a pass uses logits, not only evidence;
+    ``linear``: whether it makes evidence in linear space only; ``again``: whether a backward pass will make it again.
 
     On a CPU a block is a millisecond's work and every PyTorch call a few microseconds, so views are made once.
     """
 
     def __init__(
-        self, problem: Problem, image: Tensor, held: int, each: int, whole: int, logarithms: bool = False
+        self,
+        problem: Problem,
+        image: Tensor,
+        held: int,
+        each: int,
+        whole: int,
+        *,
+        logarithms: bool = False,
+        linear: bool = False,
+        again: bool = False,
     ) -> None:
         self.problem, self.image = problem, image
         self.B, self.M, self.K = problem.sizes
@@ -190,14 +200,15 @@ class Blocks:
         self.limit, self.known_bounds, self.may_underflow = reach(
             *numbers, problem.activation, problem.prior_weight, terms, problem.dtype, problem.normalize
         )
-        #: exp evidence that surely stays in linear space is made of powers of 2: a CPU has them in half the time
-        self.binary = problem.activation == "exp" and self.known_bounds is not None and not logarithms
-        #: whether an opinion alone is made by plain_opinion
-        self.plain = self.binary and problem.rule == "dempster"
+        #: exp evidence that stays in linear space is made of powers of 2: a CPU has them in half the time. But their
+        #: logits are rounded in another way, and a backward pass that makes large ones again needs the same numbers
+        powers = self.known_bounds is not None or (linear and not again)
+        self.binary = problem.activation == "exp" and not logarithms and powers
         #: what a logit is multiplied by
         self.unit = LOG2_E if self.binary else 1.0
         if problem.activation != "exp" or self.known_bounds is None:
-            held, each = held + 1, each + 3  # an activation, or a step in log space, makes blocks of its own
+            # an activation, or a step in log space, makes blocks of its own
+            held, each = held + 1, each if linear else each + 3
         self.rows, self.columns, self.groups = cut(self.B, self.M, self.K, held, each, whole)
         n, subtracted = len(self.groups), self.log_w if problem.activation == "exp" else 0.0
         if problem.bias is None:
@@ -212,10 +223,12 @@ class Blocks:
         self._spare = _idle.pop(problem.dtype, None) if image.device.type == "cpu" else None
         self._kept = self._spare
 
-    def close(self) -> None:
-        """Hand the block of logits back for the next call."""
+    def close(self, keep: bool = True) -> None:
+        """Hand the block of logits back for the next call, or nothing."""
         logits = self._memory.get("logits")
-        if logits is not None and (self._kept is None or logits.numel() > self._kept.numel()):
+        if not keep:
+            self._kept = None
+        elif logits is not None and (self._kept is None or logits.numel() > self._kept.numel()):
             usable = type(logits) is Tensor and logits.device.type == "cpu" and not logits.is_inference()
             self._kept = logits if usable else None
         if self._kept is not None:
@@ -279,9 +292,11 @@ class Blocks:
             return self.buffer("fused", slice(0, 1), rows, columns)[0]
         return whole if whole.shape == (rows.stop - rows.start, columns.stop - columns.start) else whole[rows, columns]
 
-    def powers(self, z: Tensor) -> Tensor:
-        """``v`` of a binary pass from :meth:`logits`, in place."""
-        return exp2_(z) if self.may_underflow else z.exp2_()
+    def exponential(self, z: Tensor) -> Tensor:
+        """``v`` of exp evidence from :meth:`logits`, in place."""
+        if self.binary:
+            return exp2_(z) if self.may_underflow else z.exp2_()
+        return exp_(z) if self.may_underflow else z.exp_()
 
     def evidence(self, prompts: slice, z: Tensor) -> Block:
         """Evidence from :meth:`logits`, in place."""
@@ -290,9 +305,7 @@ class Blocks:
             bound = log1p_exp(float(z.amax())) if known is None else known
             if not bound < self.limit:  # also for nan
                 return Block(z, LOG, bound)
-            if self.binary:
-                return Block(self.powers(z), LINEAR, bound)
-            return Block(exp_(z) if self.may_underflow else z.exp_(), LINEAR, bound)
+            return Block(self.exponential(z), LINEAR, bound)
         e = softplus(z) if self.problem.activation == "softplus" else z.relu_()
         bound = math.log1p(float(e.amax()) / self.problem.prior_weight) if known is None else known
         if not bound < self.limit:

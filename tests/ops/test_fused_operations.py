@@ -507,26 +507,62 @@ def test_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def linear_opinions(monkeypatch):
+    """What blocked.linear_opinion returned, call for call."""
+    returned, linear_opinion = [], blocked.linear_opinion
+
+    def recorded(given):
+        returned.append(linear_opinion(given))
+        return returned[-1]
+
+    monkeypatch.setattr(blocked, "linear_opinion", recorded)
+    return returned
+
+
+SIZES = [(0, 2, 5), (5, 1, 7), (5, 2, 7), (5, 3, 7), (7, 5, 4), (3, 4, 300)]
+
+
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize(("B", "M", "K"), [(0, 2, 5), (5, 1, 7), (5, 2, 7), (5, 3, 7), (7, 5, 4), (3, 4, 300)])
+@pytest.mark.parametrize(("B", "M", "K"), SIZES)
 @pytest.mark.parametrize("bias", [None, "each"])
-def test_the_plain_opinion_is_the_sweep_s_bit_by_bit(request, monkeypatch, small, B, M, K, bias):
+def test_the_linear_opinion_is_the_sweep_s_bit_by_bit(request, monkeypatch, linear_opinions, small, B, M, K, bias):
     if small:
         request.getfixturevalue("small_blocks")
     image, text = features(B, M, K, 6, per_prompt=M == 3, dtype=torch.float32)
     kwargs = {"scale": torch.linspace(3, 20, M), "bias": bias and torch.linspace(-2, 1, M), "backend": "blocked"}
-    made, plain_opinion = [], blocked.plain_opinion
-    monkeypatch.setattr(blocked, "plain_opinion", lambda given: made.append(given.plain) or plain_opinion(given))
-    plain = fused_opinion(image, text, **kwargs)
-    assert made == [True]
-    ours = blocks.Blocks.__init__
+    linear = opinion_parts(fused_opinion(image, text, **kwargs))
+    assert len(linear_opinions) == 1 and linear_opinions[0] is not None
+    monkeypatch.setattr(blocked, "linear_opinion", lambda given: None)
+    swept = opinion_parts(fused_opinion(image, text, **kwargs))
+    for a, b in zip(linear, swept, strict=True):
+        assert torch.equal(a, b)
 
-    def never_plain(self, *args, **kwargs):
-        ours(self, *args, **kwargs)
-        self.plain = False
 
-    monkeypatch.setattr(blocks.Blocks, "__init__", never_plain)
-    swept = fused_opinion(image, text, **kwargs)
-    assert made == [True]
-    for name in ("log_ratio", "log_partition", "prompt_log_partition"):
-        assert torch.equal(getattr(plain, name), getattr(swept, name)), name
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(("B", "M", "K"), SIZES)
+@pytest.mark.parametrize("cosine", [-1.0, 0.0, 0.3, 0.42, 0.6, 0.99])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_linear_opinion_at_clip_s_scale(request, linear_opinions, small, B, M, K, cosine, normalize):
+    """Where a product over prompts would overflow it begins anew; where a prompt's evidence would, the sweep has it."""
+    if small:
+        request.getfixturevalue("small_blocks")
+    noise, text = features(B, M, K, 6, per_prompt=M == 3)
+    first = torch.eye(6, dtype=f64)[0]
+    image = F.normalize(first + 0.01 * noise, dim=-1)
+    across = F.normalize(text - (text @ first).unsqueeze(-1) * first, dim=-1)
+    along = cosine * torch.linspace(1, 0.5, K, dtype=f64).unsqueeze(-1)  # with every image, nearly: this cosine to half
+    text = along * first + (1 - along**2).sqrt() * across
+
+    def run(dtype, backend):
+        kwargs = {"scale": 100.0, "normalize": normalize, "backend": backend}
+        return opinion_parts(fused_opinion(image.to(dtype), text.to(dtype), **kwargs))
+
+    truth, plain, linear = run(f64, "reference"), run(torch.float32, "reference"), run(torch.float32, "blocked")
+    if B:
+        assert (linear_opinions[0] is None) == (cosine == 0.99)
+        assert (truth[1].max() > 88) == (M * cosine > 0.9)  # e^88 is about the largest float32
+    for exact, a, b in zip(truth, plain, linear, strict=True):
+        assert a.shape == b.shape == exact.shape
+        if B:
+            assert (b - exact).abs().max() <= 2 * (a - exact).abs().max() + 2e-7 * exact.abs().max()
