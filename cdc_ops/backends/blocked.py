@@ -4,8 +4,8 @@ Fusion is elementwise in the class, and everything else an opinion or its loss n
 of logits can be made, folded into the fused block and into its row's sums, and overwritten by the next
 prompts'. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is, in blocks: forward
 one for each prompt at hand, of which there are two (or all, where the whole problem is small), and one for the fused
-opinion unless it is the output; backward M + 4, and 4 for each prompt at hand. In log space, or for an activation, 3
-more for each prompt at hand, with squares 4, for the KL term 17.
+opinion unless it is the output; backward M + 3, and 2 for each prompt at hand, or 3 for the weighted rule. In log
+space, or for an activation, one more and 3 more for each prompt at hand, with squares 4, for the KL term 17.
 The more a pass holds at once, the fewer classes a block gets: all of them together stay below [B, M, K], those of
 fused_topk below [B, K] (as long as K is a few hundred, so that K numbers are more than the row sums of an image, and
 but for the KL term of one prompt, whose blocks of 64 classes may hold more).
@@ -317,8 +317,11 @@ class RowSumsFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("backend='blocked' has", "; use backend='reference'")
         image, _, _, _, _, total, log_target, log_square = ctx.saved_tensors
-        held, each = ctx.problem.sizes[1] + 4, 4 + ctx.sums.held  # every prompt's products, to be made only once
-        blocks = Blocks(ctx.problem, image, held, each, math.prod(ctx.problem.sizes), logarithms=True)
+        B, M, K = ctx.problem.sizes
+        held = M + 3  # products, made only once; the fused opinion, its gradient, and that of the block before
+        each = 3 if ctx.problem.rule == "weighted" else 2  # logits, their gradient, and what comes by the weights
+        whole = (B - 1) * M * K  # beside the lengths of text, which were kept
+        blocks = Blocks(ctx.problem, image, held, each + ctx.sums.held, whole, logarithms=True)
         row_sums = (total, log_target, log_square, g_total, g_target, g_square, g_kl)
         given: Any = (None if x is None else columns_of(x) for x in row_sums)
         slopes = RowSlopes(blocks, ctx.sums, *given)
@@ -326,38 +329,36 @@ class RowSumsFunction(torch.autograd.Function):
         return *gradients(blocks, slopes, g_ratio, ctx.needs_input_grad), None, None, None
 
 
-class RowSlopes(NamedTuple):
+class RowSlopes:
     """Gradients that arrive at the row sums, with the row sums themselves: all [M + 1, B, 1] or None."""
 
-    blocks: Blocks
-    sums: Sums
-    total: Tensor
-    log_target: Tensor | None
-    log_square: Tensor | None
-    g_total: Tensor
-    g_target: Tensor | None
-    g_square: Tensor | None
-    g_kl: Tensor | None
+    def __init__(self, blocks: Blocks, sums: Sums, total: Tensor, *others: Tensor | None) -> None:
+        self.blocks, self.sums = blocks, sums
+        self._whole = total, *others
+        self._views: dict[tuple[int, int], tuple[Any, ...]] = {}
 
-    def at(self, opinions: slice, rows: slice, place: Place | None, block: Block) -> Tensor:
-        """Gradient [g, b, k] with respect to the values of opinions' block, ``ln v`` or ``ln(1 + v)``."""
-        here = opinions, rows
+    def _here(self, opinions: slice, rows: slice) -> tuple[Any, ...]:
+        """All of them for some opinions and images, which every block of classes asks for again."""
+        key = opinions.start, rows.start
+        if key not in self._views:
+            self._views[key] = tuple(None if x is None else x[opinions, rows] for x in self._whole)
+        return self._views[key]
+
+    def at(self, opinions: slice, rows: slice, place: Place | None, block: Block, out: Tensor | None = None) -> Tensor:
+        """Gradient [g, b, k] with respect to the values of opinions' block, ``ln v`` or ``ln(1 + v)``, into ``out``."""
+        total, log_target, log_square, g_total, g_target, g_square, g_kl = self._here(opinions, rows)
         lead = block.values
-        grad = exp_(lead - self.total[here]).mul_(self.g_total[here])
-        if self.log_square is not None or self.sums.kl:
+        grad = exp_(torch.sub(lead, total, out=out)).mul_(g_total)
+        if log_square is not None or self.sums.kl:
             log_alpha = block.log_alpha(self.blocks.problem.classes)
             if self.sums.kl:
-                assert self.g_kl is not None
                 slope = kl_slope(log_alpha + self.blocks.log_w)
-                grad.add_(slope.mul_(exp_(lead - log_alpha)).mul_(self.g_kl[here]))
-            if self.log_square is not None:
-                assert self.g_square is not None
-                log_alpha.add_(lead).sub_(self.log_square[here])
-                grad.add_(exp_(log_alpha).mul_(2 * self.g_square[here]))
+                grad.add_(slope.mul_(exp_(lead - log_alpha)).mul_(g_kl))
+            if log_square is not None:
+                log_alpha.add_(lead).sub_(log_square)
+                grad.add_(exp_(log_alpha).mul_(2 * g_square))
         if place is not None:
-            assert self.log_target is not None and self.g_target is not None
-            mine = torch.exp(place.take(lead) - self.log_target[here])
-            place.put(grad, mine * self.g_target[here])
+            place.put(grad, torch.exp(place.take(lead) - log_target) * g_target)
         return grad
 
 
@@ -387,11 +388,13 @@ class FusedSlope(NamedTuple):
         slope.div_(e.clamp_min(torch.finfo(z.dtype).tiny))
         return e.log_().sub_(self.blocks.log_w), slope
 
-    def through_fusion(self, prompts: slice, y: Tensor) -> Tensor:
-        """Gradient with respect to y of some prompts by way of the fused opinion."""
+    def add_through_fusion(self, grad: Tensor, prompts: slice, y: Tensor) -> None:
+        """Add to a gradient with respect to y of some prompts what comes by way of the fused opinion; uses y up."""
         if self.blocks.problem.rule == "dempster":
-            return torch.sigmoid(y).mul_(self.grad)
-        return exp_(y - self.log_ratio).mul_(self.grad).mul_(weights_at(self.weights, prompts, self.rows))
+            share = y.sigmoid_()
+        else:
+            share = exp_(y.sub_(self.log_ratio)).mul_(weights_at(self.weights, prompts, self.rows))
+        grad.addcmul_(share, self.grad)
 
     def by_weight(self, y: Tensor) -> Tensor:
         """Gradient [g, b] with respect to the weights of the prompts whose ``y = ln v`` is given."""
@@ -448,63 +451,72 @@ def gradients(
     """Gradients of image, text, scale, bias and weight. Each is summed in one fixed order: deterministic."""
     problem = blocks.problem
     g_image = torch.zeros_like(blocks.image) if needs[0] else None
-    g_text = torch.zeros_like(problem.text, memory_format=torch.contiguous_format) if needs[1] else None
+    # every block of classes is written first, then added to; without images nothing is
+    fresh = torch.empty_like if blocks.B else torch.zeros_like
+    g_text = fresh(problem.text, memory_format=torch.contiguous_format) if needs[1] else None
     g_scale = torch.zeros_like(problem.scale) if needs[2] else None
     g_bias = torch.zeros_like(problem.scale) if needs[3] else None
     g_weight = torch.zeros_like(problem.weight) if problem.weight is not None and needs[4] else None
     own_weights = problem.rule == "weighted" and problem.weight is None
     confidence = Confidence(blocks, slopes, g_ratio) if own_weights else None
     weights = fusion_weights(blocks) if confidence is None else confidence.weights
-    # of normalised text [M, k, D] for the current block of classes; where the dtype allows, inside g_text
-    g_unit = None
+    # of text [M, k, D] for the current block of classes, but for what its length brings (where the dtype allows, inside
+    # g_text), and sum_b <x_b, t> dL/dz_b [M, k], from which that follows
+    g_here = along = None
     for fused in fused_slopes(blocks, slopes, g_ratio, weights):
         rows, columns, lengths = fused.rows, fused.columns, fused.lengths
         if g_text is not None and rows.start == 0:
-            g_unit = g_text[:, columns]
-            if g_unit.dtype != problem.dtype:
-                g_unit = torch.zeros_like(g_unit, dtype=problem.dtype)
+            g_here = g_text[:, columns]
+            if g_here.dtype != problem.dtype:
+                g_here = torch.empty_like(g_here, dtype=problem.dtype)
+            along = None if lengths is None else torch.zeros_like(lengths)
         for group in fused.groups:
             prompts = group.prompts
             y, dy_dz = fused.log_evidence(group)
-            grad = slopes.at(prompts, rows, fused.place, Block(y, LOG)).add_(fused.through_fusion(prompts, y))
+            out = blocks.buffer("slopes", prompts, rows, columns)
+            grad = slopes.at(prompts, rows, fused.place, Block(y, LOG), out)
             if confidence is not None:
                 grad.add_(confidence.at(prompts, rows, y))
             if g_weight is not None:
                 g_weight[rows, prompts] += fused.by_weight(y).T
+            fused.add_through_fusion(grad, prompts, y)
             if dy_dz is not None:
                 grad.mul_(dy_dz)
             if g_bias is not None:
                 g_bias[prompts] += grad.sum((1, 2))
-            if g_scale is not None:
+            if g_scale is not None or along is not None:
                 by_class = fused.products[prompts].mul_(grad).sum(1)
-                g_scale[prompts] += (by_class if lengths is None else by_class.div_(lengths[prompts])).sum(1)
-            if g_unit is not None:
-                g_unit[prompts].baddbmm_(grad.transpose(1, 2), group.image[:, rows])
+                if g_scale is not None:
+                    g_scale[prompts] += (by_class if lengths is None else by_class / lengths[prompts]).sum(1)
+                if along is not None:
+                    along[prompts] += by_class
+            if g_here is not None or g_image is not None:
+                grad.mul_(group.factor)  # by <x, t>
+            if g_here is not None:
+                beta = 0 if rows.start == 0 else 1
+                g_here[prompts].baddbmm_(grad.transpose(1, 2), group.image[:, rows], beta=beta)
             if g_image is not None:
-                grad.mul_(group.factor)
                 text = group.text.transpose(1, 2)
                 if g_image.dim() == 2:
                     g_image[rows].addbmm_(grad, text)
                 else:
                     g_image[rows, prompts].transpose(0, 1).baddbmm_(grad, text)
-        if g_text is not None and g_unit is not None and rows.stop == blocks.B:
-            for group in fused.groups:
-                for m, text in zip(range(blocks.M)[group.prompts], group.text, strict=True):
-                    length = None if lengths is None else lengths[m]
-                    through_length(g_unit[m], text.T, length).mul_(problem.scale[m])
-            if g_unit.dtype != g_text.dtype:
-                g_text[:, columns] = g_unit
+        if g_text is not None and g_here is not None and rows.stop == blocks.B:
+            if along is not None and lengths is not None:
+                for group in fused.groups:
+                    here = along[group.prompts].mul_(group.factor.squeeze(1)), lengths[group.prompts]
+                    take_off_length(g_here[group.prompts], group.text.transpose(1, 2), *here)
+            if g_here.dtype != g_text.dtype:
+                g_text[:, columns] = g_here
     blocks.close()
     return g_image, g_text, g_scale, g_bias, g_weight
 
 
-def through_length(grad: Tensor, text: Tensor, length: Tensor | None) -> Tensor:
-    """Gradient [k, D] of normalised text to gradient of text, in place."""
-    if length is None:
-        return grad
-    along = torch.linalg.vecdot(grad, text).div_(length * length)
-    along.mul_(length > EPS)  # a shorter vector is divided by the constant EPS
-    return grad.addcmul_(text, along.unsqueeze(1), value=-1).div_(length.unsqueeze(1))
+def take_off_length(grad: Tensor, text: Tensor, along: Tensor, lengths: Tensor) -> None:
+    """Take off a gradient [g, k, D] what would change the lengths of text; along: its products with text [g, k]."""
+    share = along / (lengths * lengths)
+    share.mul_(lengths > EPS)  # a shorter vector is divided by the constant EPS
+    grad.addcmul_(text, share.unsqueeze(-1), value=-1)
 
 
 def prepared_image(problem: Problem) -> Tensor:

@@ -114,7 +114,7 @@ def cut(B: int, M: int, K: int, held: int, each: int, whole: int) -> Cut:
     most = BLOCK_COLUMNS * (BLOCK_ROWS // rows)
 
     def room(prompts: int) -> int:
-        return 4 * whole // (5 * ((held + each * prompts) * rows + 4 * M))
+        return 4 * whole // (5 * ((held + each * prompts) * rows + 6 * M))
 
     def columns(prompts: int) -> int:
         return even_step(K, min(most, max(LEAST_COLUMNS, room(prompts))))

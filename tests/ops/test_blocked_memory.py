@@ -134,7 +134,7 @@ def test_a_problem_is_cut_into_blocks_that_cover_it_and_stay_below_the_whole(B, 
     assert 1 <= rows <= max(1, min(B, blocks.BLOCK_ROWS)) and 1 <= columns <= K
     together = max(group.stop - group.start for group in groups)
     numbers = (held + each * together) * rows * columns
-    within = numbers + 4 * M * columns <= B * M * K
+    within = numbers + 6 * M * columns <= B * M * K
     narrow = together == 1 and columns <= blocks.LEAST_COLUMNS + blocks.VECTOR  # as narrow as whole vectors allow
     tiny = K <= blocks.LEAST_COLUMNS and numbers <= 2 * blocks.BLOCK_ROWS * blocks.BLOCK_COLUMNS
     assert within or narrow or tiny
