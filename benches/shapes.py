@@ -1,7 +1,8 @@
-"""What is measured: the shapes S1 to S6, the operations on them, their inputs and the work they take."""
+"""What is measured: the shapes S1 to S6 (S1 also at CLIP's scale), the operations on them, their inputs and work."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 #: Scale of the logits: random features have cosines of about 1/sqrt(D), so evidence here spans e^-4 to e^4.
 SCALE = 20.0
+#: CLIP's own, where its training clamps it (Radford et al., 2021), and a cosine about which its features' lie.
+CLIP_SCALE, CLIP_COSINE = 100.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,19 @@ class Shape:
     D: int
     per_prompt: bool = False  # every prompt has its own image features
     softmax: bool = False  # race fused linear cross-entropies on their own ground
+    like_clip: bool = False  # its scale, and cosines of its size
     cut: str = ""  # how it was made smaller
 
     @property
     def title(self) -> str:
         own = ", images for each prompt" if self.per_prompt else ""
-        return f"{self.name}: B={self.B} M={self.M} K={self.K} D={self.D}{own}{self.cut}"
+        like = f", scale {self.scale:g}, cosines like CLIP's" if self.like_clip else ""
+        return f"{self.name}: B={self.B} M={self.M} K={self.K} D={self.D}{own}{like}{self.cut}"
+
+    @property
+    def scale(self) -> float:
+        """Of the logits."""
+        return CLIP_SCALE if self.like_clip else SCALE
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -48,6 +58,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("S1", 256, 4, 1000, 512),
+        Shape("S1-clip", 256, 4, 1000, 512, like_clip=True),
         Shape("S2", 1024, 4, 21841, 512),
         Shape("S3", 512, 8, 100_000, 768),
         Shape("S4", 4, 4, 50, 512),
@@ -88,6 +99,10 @@ def make_inputs(shape: Shape, operation: str, device: str, dtype: torch.dtype) -
 
     image = features(shape.B, *((shape.M,) if shape.per_prompt else ()), shape.D)
     text = features(shape.M, shape.K, shape.D)
+    if shape.like_clip:
+        # one direction that all share, so long that cosines lie about that: of random features they lie about 0
+        shared = math.sqrt(CLIP_COSINE / (1 - CLIP_COSINE)) * F.normalize(features(shape.D), dim=0)
+        image, text = (F.normalize(x, dim=-1) + shared for x in (image, text))
     if shape.softmax:
         image, text = SCALE * F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     target = torch.randint(shape.K, (shape.B,), generator=generator, device=device)

@@ -16,6 +16,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -66,23 +67,23 @@ def bare_products(image: Tensor, text: Tensor, target: Tensor) -> Outputs:
 # ---- plain PyTorch ----------------------------------------------------------------------------------------------
 
 
-def logits(image: Tensor, text: Tensor) -> Tensor:
+def logits(image: Tensor, text: Tensor, scale: float = SCALE) -> Tensor:
     """z [B, M, K]: the product in the features' dtype, then float32, as one writes it."""
     x, t = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     product = torch.einsum("bd,mkd->bmk" if x.dim() == 2 else "bmd,mkd->bmk", x, t)
-    return SCALE * product.float()
+    return scale * product.float()
 
 
-def closed_form(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def closed_form(image: Tensor, text: Tensor, scale: float = SCALE) -> tuple[Tensor, Tensor, Tensor]:
     """Dempster's rule in closed form and in log space: log_ratio, log_partition, prompt_log_partition."""
-    y = logits(image, text) - math.log(text.shape[1])  # ln(e / W)
+    y = logits(image, text, scale) - math.log(text.shape[1])  # ln(e / W)
     fused = F.softplus(y).sum(1)
     log_fused = fused + torch.log(-torch.expm1(-fused))  # ln expm1(l)
     return fused, F.softplus(log_fused.logsumexp(-1)), F.softplus(y.logsumexp(-1))
 
 
-def eager_opinion(image: Tensor, text: Tensor, target: Tensor) -> Outputs:
-    return closed_form(image, text)
+def eager_opinion(image: Tensor, text: Tensor, target: Tensor, scale: float = SCALE) -> Outputs:
+    return closed_form(image, text, scale)
 
 
 def digamma_loss(alpha: Tensor, target: Tensor) -> Tensor:
@@ -91,36 +92,36 @@ def digamma_loss(alpha: Tensor, target: Tensor) -> Tensor:
     return torch.digamma(alpha.sum(-1)) - torch.digamma(at_target)
 
 
-def eager_loss(image: Tensor, text: Tensor, target: Tensor) -> Tensor:
+def eager_loss(image: Tensor, text: Tensor, target: Tensor, scale: float = SCALE) -> Tensor:
     """Evidence in linear space, the fused evidence from the product over prompts."""
     K = text.shape[1]
-    e = logits(image, text).exp()
+    e = logits(image, text, scale).exp()
     fused = K * torch.expm1(torch.log1p(e / K).sum(1))
     each = [digamma_loss(alpha, target) for alpha in ((e + 1).unbind(1))]
     return (torch.stack(each).sum(0) + digamma_loss(fused + 1, target)).mean()
 
 
-def pairwise_alphas(image: Tensor, text: Tensor) -> list[Tensor]:
+def pairwise_alphas(image: Tensor, text: Tensor, scale: float) -> list[Tensor]:
     """Dirichlet parameters [B, K] of each prompt, made one after the other, and of their pairwise fusion."""
     alphas = []
     for m in range(len(text)):
         x = image if image.dim() == 2 else image[:, m]
-        alphas.append(logits(x, text[m : m + 1])[:, 0].exp() + 1)
+        alphas.append(logits(x, text[m : m + 1], scale)[:, 0].exp() + 1)
     fused = alphas[0]
     for alpha in alphas[1:]:
         fused = pairwise_dempster(fused, alpha)
     return [*alphas, fused]
 
 
-def pairwise_opinion(image: Tensor, text: Tensor, target: Tensor) -> Outputs:
-    *alphas, fused = pairwise_alphas(image, text)
+def pairwise_opinion(image: Tensor, text: Tensor, target: Tensor, scale: float = SCALE) -> Outputs:
+    *alphas, fused = pairwise_alphas(image, text, scale)
     K = text.shape[1]
     totals = [torch.log(alpha.sum(-1) / K) for alpha in alphas]  # -ln u = ln(S / W)
     return torch.log1p((fused - 1) / K), torch.log(fused.sum(-1) / K), torch.stack(totals, 1)
 
 
-def pairwise_loss(image: Tensor, text: Tensor, target: Tensor) -> Tensor:
-    each = [digamma_loss(alpha, target) for alpha in pairwise_alphas(image, text)]
+def pairwise_loss(image: Tensor, text: Tensor, target: Tensor, scale: float = SCALE) -> Tensor:
+    each = [digamma_loss(alpha, target) for alpha in pairwise_alphas(image, text, scale)]
     return torch.stack(each).sum(0).mean()
 
 
@@ -184,17 +185,17 @@ def softmax_prior(K: int) -> float:
     return K * torch.finfo(torch.float32).eps * math.exp(-SCALE)
 
 
-def our_opinion(backend: str) -> Way:
+def our_opinion(backend: str, scale: float = SCALE) -> Way:
     def way(image: Tensor, text: Tensor, target: Tensor) -> Outputs:
-        opinion = cdc_ops.fused_opinion(image, text, scale=SCALE, backend=backend)
+        opinion = cdc_ops.fused_opinion(image, text, scale=scale, backend=backend)
         return opinion.log_ratio, opinion.log_partition, opinion.prompt_log_partition
 
     return way
 
 
-def our_loss(backend: str) -> Loss:
+def our_loss(backend: str, scale: float = SCALE) -> Loss:
     def loss(image: Tensor, text: Tensor, target: Tensor) -> Tensor:
-        return cdc_ops.evidential_cross_entropy(image, text, target, scale=SCALE, backend=backend)
+        return cdc_ops.evidential_cross_entropy(image, text, target, scale=scale, backend=backend)
 
     return loss
 
@@ -258,17 +259,19 @@ def ways(shape: Shape, operation: str, device: str, compiled: bool = True) -> tu
     left_out: dict[str, str] = {}
     triton_runs = device != "cpu"
 
-    eager_loss_here = softmax_loss if shape.softmax else eager_loss
+    eager_opinion_here = partial(eager_opinion, scale=shape.scale)
+    eager_loss_here = softmax_loss if shape.softmax else partial(eager_loss, scale=shape.scale)
     opinion = operation == "opinion"
     if not shape.softmax:
         if shape.B * shape.K**2 * 4 <= PAIRWISE_BYTES:
-            found["pairwise"] = pairwise_opinion if opinion else finish(pairwise_loss)
+            in_tables = partial(pairwise_opinion, scale=shape.scale)
+            found["pairwise"] = in_tables if opinion else finish(partial(pairwise_loss, scale=shape.scale))
         else:
             left_out["pairwise"] = f"one table [B, K, K] takes {shape.B * shape.K**2 * 4 / 1e9:.0f} GB"
-    found["eager"] = eager_opinion if opinion else finish(eager_loss_here)
+    found["eager"] = eager_opinion_here if opinion else finish(eager_loss_here)
     if compiled:
         if opinion:
-            fast = torch.compile(eager_opinion, dynamic=False)
+            fast = torch.compile(eager_opinion_here, dynamic=False)
             found["compiled"], in_pieces = fast, chunked(fast)
         else:
             fast_loss = torch.compile(eager_loss_here, dynamic=False)
@@ -282,7 +285,9 @@ def ways(shape: Shape, operation: str, device: str, compiled: bool = True) -> tu
         add_peers(found, left_out, finish, device)
 
     def ours(backend: str) -> Way:
-        return our_opinion(backend) if opinion else finish((our_softmax if shape.softmax else our_loss)(backend))
+        if opinion:
+            return our_opinion(backend, shape.scale)
+        return finish(our_softmax(backend) if shape.softmax else our_loss(backend, shape.scale))
 
     found |= {"reference": ours("reference"), "blocked": ours("blocked")}
     if triton_runs:
@@ -328,13 +333,13 @@ def truth(shape: Shape, operation: str, inputs: Inputs) -> list[Tensor]:
     for rows in (slice(first, first + step) for first in range(0, shape.B, step)):
         x, y = image[rows], inputs.target[rows]
         if operation == "opinion":
-            parts.append(our_opinion("reference")(x, text, y))
+            parts.append(our_opinion("reference", shape.scale)(x, text, y))
             continue
         x.requires_grad_("gradients" in operation)
         if shape.softmax:
             value = F.cross_entropy(x @ text[0].T, y, reduction="sum") / shape.B
         else:
-            value = our_loss("reference")(x, text, y) * (len(x) / shape.B)
+            value = our_loss("reference", shape.scale)(x, text, y) * (len(x) / shape.B)
         total += value.detach()
         if "gradients" in operation:
             for_x, for_text = torch.autograd.grad(value, (x, text))

@@ -64,7 +64,7 @@ def test_wrong_numbers_are_not_timed(tmp_path, monkeypatch):
     report.main([*TINY, "--shapes", "S1", "--out", str(tmp_path)])
     row = rows_of(tmp_path)["S1", "opinion", "eager"]
     assert row["ms"] == [] and row["why"].startswith("off by 1.0e+00")
-    monkeypatch.setattr("ways.our_opinion", lambda backend: lambda *_: wrong)
+    monkeypatch.setattr("ways.our_opinion", lambda *_: lambda *_: wrong)
     monkeypatch.setattr("report.truth", lambda *_: [torch.ones_like(x).double() for x in wrong])
     with pytest.raises(SystemExit, match="S4 opinion: reference is off by 1"):
         report.main([*TINY, "--shapes", "S4", "--out", str(tmp_path)])
