@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ def least_seconds(row: dict[str, Any], ceilings: dict[str, float]) -> float:
     return max(row["flops"] / ceilings["flops_per_s"], row["bytes"] / ceilings["bytes_per_s"])
 
 
+def clusters(places: Iterable[tuple[str, float]], apart: float = 1.3) -> list[tuple[list[str], float]]:
+    """Names whose places are too close to be written side by side, together at the mean of their places."""
+    found: list[list[tuple[str, float]]] = []
+    for name, place in sorted(set(places), key=lambda each: each[1]):
+        if found and place < apart * found[-1][0][1]:
+            found[-1].append((name, place))
+        else:
+            found.append([(name, place)])
+    return [(sorted({name for name, _ in each}), sum(x for _, x in each) / len(each)) for each in found]
+
+
 def plot(rows: list[dict[str, Any]], ceilings: dict[str, float], title: str, path: Path) -> None:
     """Operations a second of the products over operations a byte that must move; the ceilings above them."""
     rows = [row for row in rows if row["ms"]]
@@ -75,10 +87,9 @@ def plot(rows: list[dict[str, Any]], ceilings: dict[str, float], title: str, pat
             label=None if name in seen else name,
         )  # fmt: skip
         seen.add(name)
-    for shape, intensity in {(row["shape"], i) for row, i in zip(rows, intensities, strict=True)}:
-        height = 4 + 10 * (int(shape[1]) % 2)  # neighbours would hide each other
-        axis.annotate(shape, (intensity, 0), xycoords=("data", "axes fraction"), xytext=(0, height),
-                      textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+    for names, intensity in clusters((row["shape"], i) for row, i in zip(rows, intensities, strict=True)):
+        axis.annotate("\n".join(names), (intensity, 0), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                      textcoords="offset points", ha="center", va="bottom", fontsize=7)  # fmt: skip
     axis.set(xscale="log", yscale="log", xlim=(low, high), title=title)
     axis.set_ylim(bottom=axis.get_ylim()[0] / 3)  # room for the shapes' names
     axis.set_xlabel("operations of the products for each byte of inputs, outputs and gradients")
