@@ -566,3 +566,39 @@ def test_the_linear_opinion_at_clip_s_scale(request, linear_opinions, small, B, 
         assert a.shape == b.shape == exact.shape
         if B:
             assert (b - exact).abs().max() <= 2 * (a - exact).abs().max() + 2e-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [20.0, 100.0, 200.0])
+@pytest.mark.parametrize("small", [False, True])
+def test_gradients_of_normalised_features_are_orthogonal_to_them(request, backend, scale, small):
+    """Their lengths change nothing, so no gradient points along them."""
+    if small:
+        request.getfixturevalue("small_blocks")
+    image, text = features(40, 3, 70, 16, dtype=torch.float32)
+    inputs = image.requires_grad_(), text.requires_grad_()
+    loss = evidential_cross_entropy(*inputs, torch.arange(40), scale=scale, backend=backend)
+    for x, g in zip(inputs, torch.autograd.grad(loss, inputs), strict=True):
+        lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(g, dim=-1)
+        assert (torch.linalg.vecdot(x, g).abs() <= 1e-5 * lengths + 1e-6 * lengths.max()).all()
+        assert lengths.max() > 1e-4
+
+
+@pytest.mark.parametrize("per_prompt", [False, True])
+def test_gradients_of_features_shorter_than_the_floor(per_prompt):
+    """Such features are divided by the floor, a constant: their gradients do point along them."""
+    image, text = features(5, 3, 7, 6, per_prompt=per_prompt)
+    text[:, ::2] *= 1e-14
+    image[1] *= 1e-14
+
+    def loss(x, t, backend):
+        return [evidential_cross_entropy(x, t, torch.arange(5), scale=20.0, backend=backend)]
+
+    expected = results_and_gradients(lambda *f: loss(*f, "reference"), (image, text))
+    got = results_and_gradients(lambda *f: loss(*f, "blocked"), (image, text))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
+    for x, g in zip((image, text), expected[1:], strict=True):
+        cosine = F.cosine_similarity(x.flatten(0, -2), g.flatten(0, -2), dim=-1, eps=0).abs()
+        short = torch.linalg.vector_norm(x, dim=-1).flatten() < 1e-12
+        assert cosine[short].max() > 0.01 and cosine[~short].max() < 1e-6
