@@ -100,6 +100,10 @@ class LossForm:
     prompt_weight: float
     fused_weight: float
 
+    def needs_fused(self, problem: Problem) -> bool:
+        """Whether it needs the fused opinion's row sums apart from the prompts'. A single prompt's are the same."""
+        return self.fused_weight != 0 and (problem.sizes[1] > 1 or problem.weight is not None)
+
     @property
     def square(self) -> bool:
         """Whether it needs the sum of squares."""
@@ -112,9 +116,18 @@ class LossForm:
 
 
 def loss_from_sums(sums: RowSums, problem: Problem, loss: LossForm) -> Tensor:
-    """The loss of each image [B] from the row sums [B, M + 1] of its opinions, the fused one last."""
-    each = loss_from_row_sums(sums, problem.classes, problem.prior_weight, loss.form, loss.kl_weight)
-    prompts, fused = each.split([each.shape[1] - 1, 1], 1)  # slices' gradients are C++ that Inductor 2.11 gets wrong
+    """The loss of each image [B] from the row sums of its opinions [B, M + 1], the fused one last if it is needed."""
+    return weighted_sum(
+        loss_from_row_sums(sums, problem.classes, problem.prior_weight, loss.form, loss.kl_weight), problem, loss
+    )
+
+
+def weighted_sum(each: Tensor, problem: Problem, loss: LossForm) -> Tensor:
+    """The loss of each image [B] from those of its opinions [B, M + 1], or [B, M] where no fused one is needed."""
+    M = problem.sizes[1]
+    if not loss.needs_fused(problem):
+        return (loss.prompt_weight + (loss.fused_weight if M == 1 else 0.0)) * each.sum(1)
+    prompts, fused = each.split([M, 1], 1)  # slices' gradients are C++ that Inductor 2.11 gets wrong
     return loss.prompt_weight * prompts.sum(1) + loss.fused_weight * fused.squeeze(1)
 
 
@@ -130,7 +143,10 @@ class Backend(Protocol):
     def prompt_log_partition(self, problem: Problem) -> Tensor: ...
 
     def loss_sums(self, problem: Problem, target: Tensor, loss: LossForm) -> RowSums:
-        """A target of -1 is none of the classes at hand: its log_target is 0."""
+        """Of the prompts' opinions and of the fused one, if that is needed: [B, M + 1] or [B, M].
+
+        A target of -1 is none of the classes at hand: its log_target is 0.
+        """
         ...
 
 

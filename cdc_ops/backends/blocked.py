@@ -4,8 +4,9 @@ Fusion is elementwise in the class, and everything else an opinion or its loss n
 of logits can be made, folded into the fused block and into its row's sums, and overwritten by the next
 prompts'. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is, in blocks: forward
 one for each prompt at hand, of which there are two (or all, where the whole problem is small), and one for the fused
-opinion unless it is the output; backward M + 3, and 2 for each prompt at hand, or 3 for the weighted rule. In log
-space, or for an activation, one more and 3 more for each prompt at hand, with squares 4, for the KL term 17.
+opinion unless it is the output; backward M + 3, and 2 for each prompt at hand, or 3 for the weighted rule. A loss that
+needs no opinion but the prompts', as that of a single prompt, makes no fused one, forward or backward. In log space, or
+for an activation, one more and 3 more for each prompt at hand, with squares 4, for the KL term 17.
 The more a pass holds at once, the fewer classes a block gets: all of them together stay below [B, M, K], those of
 fused_topk below [B, K] (as long as K is a few hundred, so that K numbers are more than the row sums of an image, and
 but for the KL term of one prompt, whose blocks of 64 classes may hold more).
@@ -44,11 +45,15 @@ class Sums(NamedTuple):
     target: Tensor | None  # [B]
     square: bool = False
     kl: bool = False
+    fused: bool = True  # of the fused opinion too, not of the prompts' alone
 
     @property
     def held(self) -> int:
         """How many blocks :meth:`Accumulator.add` has at once while it makes them."""
         return 17 if self.kl else 4 if self.square else 0
+
+
+ALONE = Sums(None, fused=False)  # -ln u of the prompts
 
 
 class Place(NamedTuple):
@@ -78,7 +83,7 @@ class Place(NamedTuple):
 
 
 class Accumulator:
-    """Row sums of M + 1 opinions over blocks of classes; the last is the fused opinion."""
+    """Row sums of the prompts' opinions over blocks of classes, and last of the fused opinion if that is wanted."""
 
     def __init__(self, blocks: Blocks, sums: Sums) -> None:
         self.blocks, self.sums = blocks, sums
@@ -125,7 +130,7 @@ class Accumulator:
         """The row sums of one kind [opinions, B]."""
         parts = self.parts.get(kind)
         if parts is None:  # no images
-            return self.blocks.image.new_empty(self.blocks.M + 1, 0)
+            return self.blocks.image.new_empty(self.blocks.M + self.sums.fused, 0)
         opinions, images = (sorted(set(starts)) for starts in zip(*parts, strict=True))
         whole = [torch.cat([parts[first, row] for first in opinions]) for row in images]
         return whole[0] if len(whole) == 1 else torch.cat(whole, 1)
@@ -151,7 +156,7 @@ class Accumulator:
         return softplus(total - constant).add_(constant).T
 
     def results(self) -> tuple[Tensor | None, ...]:
-        """log_rest (or ``-ln u``), log_target, log_square and kl_sum, each [B, M + 1] or None."""
+        """log_rest (or ``-ln u``), log_target, log_square and kl_sum, each [B, opinions] or None."""
         asked = (self.sums.target is not None, self.sums.square, self.sums.kl)
         others = zip(asked, ("log_target", "log_square", "kl_sum"), strict=True)
         return self.total(), *(self._whole(kind).T if wanted else None for wanted, kind in others)
@@ -162,7 +167,7 @@ def fusion_weights(blocks: Blocks) -> Weights:
     rule, weight = blocks.problem.rule, blocks.problem.weight
     if rule != "weighted":
         return 1 / blocks.M if rule == "averaging" else 1.0
-    return columns_of(confidence_weight(sum_prompts(blocks), 1) if weight is None else weight)
+    return columns_of(confidence_weight(sum_prompts(blocks).total(), 1) if weight is None else weight)
 
 
 def columns_of(x: Tensor) -> Tensor:
@@ -175,16 +180,16 @@ def weights_at(weights: Weights, prompts: slice, rows: slice) -> Weights:
     return weights[prompts, rows] if isinstance(weights, Tensor) else weights
 
 
-def sum_prompts(blocks: Blocks) -> Tensor:
-    """``-ln u_m`` [B, M] alone."""
-    accumulator = Accumulator(blocks, Sums(None))
+def sum_prompts(blocks: Blocks, sums: Sums = ALONE) -> Accumulator:
+    """Row sums of the prompts' opinions alone."""
+    accumulator = Accumulator(blocks, sums)
     for columns in spans(blocks.K, blocks.columns):
         for group in blocks.groups_at(columns, blocks.lengths(columns)):
             for rows in spans(blocks.B, blocks.rows):
                 z = blocks.product(group, rows, blocks.buffer("logits", group.prompts, rows, columns))
                 block = blocks.evidence(group.prompts, blocks.logits(group, z, z))
                 accumulator.add(group.prompts, rows, columns, block)
-    return accumulator.total()[:, : blocks.M]
+    return accumulator
 
 
 def sweep(
@@ -270,9 +275,9 @@ def row_sums(
     """The row sums of :mod:`cdc_ops.dirichlet`, and log_ratio [B, K] if asked.
 
     image is normalised already, in the problem's dtype. Without a target the row sums are just ``-ln u``. The
-    last column of each is the fused opinion's. again: whether a backward pass will follow.
+    last column of each is the fused opinion's, if that is wanted. again: whether a backward pass will follow.
     """
-    held, whole = 0 if want_log_ratio else 1, math.prod(problem.sizes)
+    held, whole = int(sums.fused and not want_log_ratio), math.prod(problem.sizes)
     plain = problem.activation == "exp" and problem.rule == "dempster" and sums.target is None and not sums.held
     if plain and want_log_ratio:
         blocks = Blocks(problem, image, held, 1, whole, linear=True, again=again)
@@ -281,6 +286,10 @@ def row_sums(
         if opinion is not None:
             return *opinion, None, None, None
     blocks = Blocks(problem, image, held, 1 + sums.held, whole)
+    if not sums.fused:
+        results = sum_prompts(blocks, sums).results()
+        blocks.close()
+        return None, *results
     log_ratio = image.new_empty(blocks.B, blocks.K) if want_log_ratio else None
     accumulator = Accumulator(blocks, sums)
     for _, _, fusion in sweep(blocks, accumulator, log_ratio):
@@ -318,7 +327,8 @@ class RowSumsFunction(torch.autograd.Function):
         refuse_second_derivatives("backend='blocked' has", "; use backend='reference'")
         image, _, _, _, _, total, log_target, log_square = ctx.saved_tensors
         B, M, K = ctx.problem.sizes
-        held = M + 3  # products, made only once; the fused opinion, its gradient, and that of the block before
+        # products, made only once; the fused opinion, its gradient, and that of the block before
+        held = M + (3 if ctx.sums.fused else 0)
         each = 3 if ctx.problem.rule == "weighted" else 2  # logits, their gradient, and what comes by the weights
         whole = (B - 1) * M * K  # beside the lengths of text, which were kept
         blocks = Blocks(ctx.problem, image, held, each + ctx.sums.held, whole, logarithms=True)
@@ -330,7 +340,7 @@ class RowSumsFunction(torch.autograd.Function):
 
 
 class RowSlopes:
-    """Gradients that arrive at the row sums, with the row sums themselves: all [M + 1, B, 1] or None."""
+    """Gradients that arrive at the row sums, with the row sums themselves: all [opinions, B, 1] or None."""
 
     def __init__(self, blocks: Blocks, sums: Sums, total: Tensor, *others: Tensor | None) -> None:
         self.blocks, self.sums = blocks, sums
@@ -363,7 +373,7 @@ class RowSlopes:
 
 
 class FusedSlope(NamedTuple):
-    """One block in the backward pass: every prompt's products, and the gradient of the fused log ratio."""
+    """One block in the backward pass: every prompt's products, and the gradient of the fused log ratio, if any."""
 
     blocks: Blocks
     rows: slice
@@ -373,8 +383,8 @@ class FusedSlope(NamedTuple):
     groups: list[Group]
     lengths: Tensor | None
     weights: Weights
-    log_ratio: Tensor  # [b, k]
-    grad: Tensor  # [1, b, k]
+    log_ratio: Tensor | None  # [b, k]
+    grad: Tensor | None  # [1, b, k]
 
     def log_evidence(self, group: Group) -> tuple[Tensor, Tensor | None]:
         """``y = ln v`` [g, b, k] of some prompts, and dy/dz (None for 1)."""
@@ -390,6 +400,8 @@ class FusedSlope(NamedTuple):
 
     def add_through_fusion(self, grad: Tensor, prompts: slice, y: Tensor) -> None:
         """Add to a gradient with respect to y of some prompts what comes by way of the fused opinion; uses y up."""
+        if self.grad is None or self.log_ratio is None:
+            return
         if self.blocks.problem.rule == "dempster":
             share = y.sigmoid_()
         else:
@@ -398,28 +410,32 @@ class FusedSlope(NamedTuple):
 
     def by_weight(self, y: Tensor) -> Tensor:
         """Gradient [g, b] with respect to the weights of the prompts whose ``y = ln v`` is given."""
+        assert self.grad is not None and self.log_ratio is not None
         return exp_(y - self.log_ratio).mul_(self.grad).sum(-1)
 
 
 def fused_slopes(blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, weights: Weights) -> Iterator[FusedSlope]:
     """Every block again, classes outside, images inside."""
-    fused = slice(blocks.M, blocks.M + 1)
+    fused, wanted = slice(blocks.M, blocks.M + 1), slopes.sums.fused
     for columns in spans(blocks.K, blocks.columns):
         lengths = blocks.lengths(columns)
         groups = blocks.groups_at(columns, lengths)
         for rows in spans(blocks.B, blocks.rows):
             products = blocks.buffer("products", slice(0, blocks.M), rows, columns)
-            fusion = Fusion(blocks, blocks.place(rows, columns))
+            fusion = Fusion(blocks, blocks.place(rows, columns)) if wanted else None
             for group in groups:
                 prompts = group.prompts
                 product = blocks.product(group, rows, products[prompts])
-                z = blocks.logits(group, product, blocks.buffer("logits", prompts, rows, columns))
-                fusion.add(blocks.evidence(prompts, z), weights_at(weights, prompts, rows))
-            log_ratio = fusion.log_ratio()
+                if fusion is not None:
+                    z = blocks.logits(group, product, blocks.buffer("logits", prompts, rows, columns))
+                    fusion.add(blocks.evidence(prompts, z), weights_at(weights, prompts, rows))
             place = Place.of(slopes.sums.target, rows, columns)
-            grad = slopes.at(fused, rows, place, Block(log_ratio.unsqueeze(0), LOG1P))
-            if g_ratio is not None:
-                grad.add_(g_ratio[rows, columns])
+            log_ratio = grad = None
+            if fusion is not None:
+                log_ratio = fusion.log_ratio()
+                grad = slopes.at(fused, rows, place, Block(log_ratio.unsqueeze(0), LOG1P))
+                if g_ratio is not None:
+                    grad.add_(g_ratio[rows, columns])
             yield FusedSlope(blocks, rows, columns, place, products, groups, lengths, weights, log_ratio, grad)
 
 
@@ -427,7 +443,7 @@ class Confidence:
     """The weighted rule's own gradient: its weights, where not given, depend on every prompt's uncertainty."""
 
     def __init__(self, blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None) -> None:
-        log_partition = sum_prompts(blocks)
+        log_partition = sum_prompts(blocks).total()
         weight = confidence_weight(log_partition, 1)
         self.weights = columns_of(weight)
         g_weight = torch.zeros_like(weight)
@@ -531,6 +547,8 @@ def prepared_image(problem: Problem) -> Tensor:
 
 def differentiable_row_sums(problem: Problem, sums: Sums, want_log_ratio: bool) -> tuple[Any, ...]:
     """:func:`row_sums`, recorded by autograd where a gradient will be asked for."""
+    if not sums.fused and problem.rule == "weighted":
+        problem = replace(problem, rule="cumulative", weight=None)  # nothing is fused, so no weights need be made
     image, inputs = prepared_image(problem), (problem.text, problem.scale, problem.bias, problem.weight)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (image, *inputs)):
         return RowSumsFunction.apply(image, *inputs, problem, sums, want_log_ratio)  # type: ignore[no-any-return]
@@ -573,12 +591,13 @@ def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
 
 
 def prompt_log_partition(problem: Problem) -> Tensor:
-    """See :mod:`cdc_ops.backends`; of whatever rule needs no weights, for it is not looked at."""
-    _, total, *_ = differentiable_row_sums(replace(problem, rule="cumulative"), Sums(None), False)
-    return total[:, :-1]
+    """See :mod:`cdc_ops.backends`."""
+    _, total, *_ = differentiable_row_sums(problem, ALONE, False)
+    return total
 
 
 def loss_sums(problem: Problem, target: Tensor, loss: LossForm) -> RowSums:
     """See :mod:`cdc_ops.backends`."""
-    _, total, log_target, *others = differentiable_row_sums(problem, Sums(target, loss.square, loss.kl), False)
+    sums = Sums(target, loss.square, loss.kl, loss.needs_fused(problem))
+    _, total, log_target, *others = differentiable_row_sums(problem, sums, False)
     return RowSums(log_target, total, *others)

@@ -23,15 +23,10 @@ def prompt_log_ratio(problem: Problem) -> Tensor:
     return log_ratio_from_logits(z, problem.activation, problem.prior_weight)
 
 
-def log_ratios(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The prompts' [B, M, K] and the fused [B, K]."""
-    prompts = prompt_log_ratio(problem)
-    return prompts, fused_log_ratio(prompts, 1, problem.rule, problem.weight)
-
-
 def fused_opinion(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`cdc_ops.backends`."""
-    prompts, fused = log_ratios(problem)
+    prompts = prompt_log_ratio(problem)
+    fused = fused_log_ratio(prompts, 1, problem.rule, problem.weight)
     return fused, log_row_sum(fused), log_row_sum(prompts)
 
 
@@ -54,10 +49,12 @@ def prompt_log_partition(problem: Problem) -> Tensor:
 
 def loss_sums(problem: Problem, target: Tensor, loss: LossForm) -> RowSums:
     """See :mod:`cdc_ops.backends`."""
-    prompts, fused = log_ratios(problem)
+    opinions = [prompt_log_ratio(problem)]
+    if loss.needs_fused(problem):
+        opinions.append(fused_log_ratio(opinions[0], 1, problem.rule, problem.weight).unsqueeze(1))
     target = target.unsqueeze(1)
     parts = [
         row_sums(x, target.expand(x.shape[:2]), problem.classes, problem.prior_weight, loss.square, loss.kl)
-        for x in (prompts, fused.unsqueeze(1))
+        for x in opinions
     ]
-    return RowSums._make(None if x is None else torch.cat([x, y], 1) for x, y in zip(*parts, strict=True))
+    return RowSums._make(None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True))

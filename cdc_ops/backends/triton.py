@@ -10,7 +10,7 @@ import torch
 from cdc_kernels import launch_small, ops
 from torch import Tensor
 
-from cdc_ops.backends import LossForm, Problem
+from cdc_ops.backends import LossForm, Problem, weighted_sum
 from cdc_ops.dirichlet import RowSums
 from cdc_ops.fusion import confidence_weight, evidence_weight
 
@@ -48,20 +48,13 @@ def sum_prompts(problem: Problem, inputs: tuple[Tensor | None, ...]) -> Tensor:
     return sums[0, :-1].t()
 
 
-def row_sums(
-    problem: Problem, target: Tensor | None, square: bool, kl: bool, want_ratio: bool
-) -> tuple[Tensor, Tensor]:
-    """log_ratio and row sums [4, M + 1, B]; the fused opinion last."""
-    inputs = arguments(problem)
-    weight = rule_weight(problem, inputs)
-    options = problem.activation, problem.rule, problem.prior_weight, problem.classes, square, kl, want_ratio, True
-    return ops.row_sums(*inputs, weight, target, *options)
-
-
 def fused_opinion(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`cdc_ops.backends`."""
     M = problem.sizes[1]
-    ratio, sums = row_sums(problem, None, False, False, True)
+    inputs = arguments(problem)
+    weight = rule_weight(problem, inputs)
+    options = problem.activation, problem.rule, problem.prior_weight, problem.classes, False, False, True, True
+    ratio, sums = ops.row_sums(*inputs, weight, None, *options)
     return ratio, sums[0, M], sums[0, :M].t()
 
 
@@ -77,10 +70,19 @@ def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """See :mod:`cdc_ops.backends`."""
-    M = problem.sizes[1]
-    _, sums = row_sums(problem, target, loss.square, loss.kl, False)
+    sums = target_sums(problem, target, loss)
     each, _ = ops.row_loss(sums, problem.classes, problem.prior_weight, loss.form, loss.kl_weight)
-    return loss.prompt_weight * each[:M].sum(0) + loss.fused_weight * each[M]
+    return weighted_sum(each.t(), problem, loss)
+
+
+def target_sums(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
+    """Row sums [4, M + 1, B] that leave the target out, the fused opinion last; [4, M, B] where none is needed."""
+    inputs, fused = arguments(problem), loss.needs_fused(problem)
+    weight = rule_weight(problem, inputs) if fused else None
+    rule = problem.rule if fused else "cumulative"  # the same kernels, whatever rule is not followed
+    options = problem.activation, rule, problem.prior_weight, problem.classes, loss.square, loss.kl, False, fused
+    _, sums = ops.row_sums(*inputs, weight, target, *options)
+    return sums if fused else sums[:, :-1]
 
 
 def prompt_log_partition(problem: Problem) -> Tensor:
@@ -90,7 +92,7 @@ def prompt_log_partition(problem: Problem) -> Tensor:
 
 def loss_sums(problem: Problem, target: Tensor, loss: LossForm) -> RowSums:
     """See :mod:`cdc_ops.backends`."""
-    _, sums = row_sums(problem, target, loss.square, loss.kl, False)
+    sums = target_sums(problem, target, loss)
     log_rest, log_target, log_square, kl_sum = sums.transpose(1, 2)
     # no kernel writes the target's own where there is none
     log_target = torch.where(target.unsqueeze(1) >= 0, log_target, 0.0)
