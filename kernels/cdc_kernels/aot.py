@@ -74,6 +74,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"opinion, {each}": OPINION | {"ACTIVATION": each} for each in ACTIVATIONS[1:]},
     **{f"opinion, {each}": OPINION | {"RULE": each} for each in RULES[1:]},
     "prompts alone": {"FUSED": False},
+    "loss of prompts alone": LOSS | {"FUSED": False},
+    "loss mse + kl of prompts alone": LOSS | {"FUSED": False, "SQUARE": True, "KL": True},
     "loss, one tile": LOSS | {"WHOLE": True},
     "loss, sizes of one": LOSS | {"ONES": True},
     "opinion, odd D": OPINION | {"EVEN_D": False, "NORMALIZE": False, "HAS_BIAS": False},

@@ -115,18 +115,25 @@ class force_path:
         _forced = self._before
 
 
-def path(direction: str, B: int, M: int, K: int, D: int, dtype: torch.dtype, sides: int = 2, tf32: bool = False) -> str:
-    """The path of less estimated time. direction: "forward" or "backward", the latter to ``sides`` of the features."""
+def path(
+    direction: str, B: int, M: int, K: int, D: int, dtype: torch.dtype,
+    sides: int = 2, tf32: bool = False, again: bool = True,
+) -> str:  # fmt: skip
+    """The path of less estimated time. direction: "forward" or "backward", the latter to ``sides`` of the features.
+
+    again: whether a backward pass along "tiles" makes the fused opinion again.
+    """
     if _forced is not None:
         return _forced
     if torch.version.hip and dtype.itemsize == 2:
         return "tiles"  # no library product of 16-bit features gives float32 there in every version of torch
-    return min(PATHS, key=lambda each: seconds(each, direction, B, M, K, D, dtype, sides, tf32))
+    return min(PATHS, key=lambda each: seconds(each, direction, B, M, K, D, dtype, sides, tf32, again))
 
 
 def seconds(
-    path: str, direction: str, B: int, M: int, K: int, D: int, dtype: torch.dtype, sides: int = 2, tf32: bool = False
-) -> float:
+    path: str, direction: str, B: int, M: int, K: int, D: int, dtype: torch.dtype,
+    sides: int = 2, tf32: bool = False, again: bool = True,
+) -> float:  # fmt: skip
     """Estimated time of one path: products, the epilogue's arithmetic where the paths differ, workspace, launches."""
     logits = B * M * K
     product = 2 * D * logits
@@ -140,11 +147,11 @@ def seconds(
     if path == "tiles":
         if direction == "forward":
             return product / (TILE_SHARE * rate) + 2 * LAUNCH
-        # each side makes the logits again for every slice of features; and once more for the fused opinion
-        again = sides * math.ceil(D / default("gradient", "cuda90", dtype.itemsize).out)
+        # each side makes the logits again for every slice of features; and once more for a fused opinion
+        slices = sides * math.ceil(D / default("gradient", "cuda90", dtype.itemsize).out)
         share = GRADIENT_TILE_SHARE
-        products = (again + 1) * product / (share * rate) + sides * product / (share * tile_gradient)
-        return products + again * logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE + (1 + sides) * LAUNCH
+        products = (slices + again) * product / (share * rate) + sides * product / (share * tile_gradient)
+        return products + slices * logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE + (again + sides) * LAUNCH
     products = product / (LIBRARY_SHARE * rate)
     if direction == "forward":
         return products + 8 * logits / BANDWIDTH + 3 * chunks * LAUNCH

@@ -396,7 +396,8 @@ def gradients(
         return g_image, g_text.zero_(), g_rows
     out = Wanted(g_image if need_image else None, g_text if need_text else None, g_rows if need_rows else None)
     call = Call.of(i)
-    path = configs.path("backward", *i.sizes, i.image.dtype, need_image + need_text, i.tf32)
+    again = fused and ratio is None
+    path = configs.path("backward", *i.sizes, i.image.dtype, need_image + need_text, i.tf32, again)
     with on_device(i.image):
         if path == "chunks":
             chunk_gradients(call, planes.contiguous(), g_ratio, fused, out)

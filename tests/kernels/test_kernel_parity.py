@@ -222,6 +222,15 @@ def test_every_form(form, path):
     run_loss(Case(3, 2, 17, 7, confident=True, scale=100.0, path=path), form=form, kl_weight=0.5)
 
 
+@pytest.mark.parametrize("form", ["digamma", "log", "mse"])
+@pytest.mark.parametrize("rule", ["dempster", "weighted"])
+@both_paths
+def test_a_loss_that_needs_no_fused_opinion(rule, form, path):
+    run_loss(Case(4, 1, 17, 7, rule=rule, path=path, cut=True), form=form, fused_weight=2.0)
+    run_loss(Case(4, 1, 17, 7, rule=rule, path=path, shared=False), form=form, kl_weight=0.5)
+    run_loss(Case(3, 3, 20, 5, rule=rule, path=path, dtype=torch.bfloat16), form=form, fused_weight=0.0)
+
+
 @both_paths
 def test_classes_chunk_by_chunk(path):
     run_opinion(Case(3, 2, 40, 5, path=path, cut=True))

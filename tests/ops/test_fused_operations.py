@@ -111,6 +111,53 @@ def test_fused_opinion_is_its_definition(backend, rule, activation, per_prompt):
     torch.testing.assert_close(loss, 0.7 * each.sum(1) + 1.5 * together)
 
 
+# A loss that needs no fused opinion
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+@pytest.mark.parametrize(("M", "fused_weight"), [(1, 1.5), (1, 0.0), (3, 0.0)])
+def test_the_loss_without_a_fused_opinion(small_blocks, backend, rule, activation, form, kl_weight, M, fused_weight):
+    image, text = features(5, M, 7, 6)
+    scale, bias = torch.linspace(3.0, 2.0, M, dtype=f64), torch.linspace(0.5, -0.5, M, dtype=f64)
+    y = torch.randint(7, (5,), generator=torch.Generator().manual_seed(2))
+    how = {"form": form, "kl_weight": kl_weight, "reduction": "none"}
+
+    def plain(x, t, s, b):
+        z = torch.einsum("bd,mkd->bmk", F.normalize(x, dim=-1), F.normalize(t, dim=-1))
+        e = evidence_from_logits(s[:, None] * z + b[:, None], activation)
+        each = dirichlet_cross_entropy(e, y[:, None].expand(5, M), **how).sum(1)
+        return [(0.7 + (fused_weight if M == 1 else 0.0)) * each]
+
+    def ours(x, t, s, b):
+        kwargs = {"activation": activation, "rule": rule, "backend": backend, **how}
+        return [
+            evidential_cross_entropy(x, t, y, scale=s, bias=b, prompt_weight=0.7, fused_weight=fused_weight, **kwargs)
+        ]
+
+    for a, b in zip(*(results_and_gradients(f, (image, text, scale, bias)) for f in (plain, ours)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", ["dempster", "cumulative", "weighted"])  # where an opinion of nothing is neutral
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), scale=st.floats(0.1, 50.0), K=st.integers(2, 9), form=st.sampled_from(FORMS))
+def test_one_prompt_is_two_of_which_one_says_nothing(backend, rule, seed, scale, K, form):
+    image, text = features(3, 1, K, 4, seed=seed)
+    silent = {"scale": torch.tensor([scale, 1.0], dtype=f64), "bias": torch.tensor([1.5, -2.0], dtype=f64)}
+    options = {"activation": "relu", "rule": rule, "form": form, "backend": backend, "reduction": "none"}
+    y = torch.arange(3) % K
+    one = evidential_cross_entropy(
+        image, text, y, scale=scale, bias=1.5, prompt_weight=0.25, fused_weight=0.75, **options
+    )
+    two = evidential_cross_entropy(image, text.expand(2, -1, -1), y, prompt_weight=0.0, **silent, **options)
+    torch.testing.assert_close(one, two)
+
+
 # Blocked against reference, float64
 
 
