@@ -76,7 +76,7 @@ def evidential_cross_entropy(
         target: class indices [B], integers in [0, K).
         form: ``"digamma"``, ``"log"`` or ``"mse"``.
         kl_weight: weight of the KL term, not negative; TMC anneals it from 0 to 1.
-        prompt_weight, fused_weight: weights of the two parts, not negative.
+        prompt_weight, fused_weight: weights of the two parts, not negative. With fused_weight 0 nothing is fused.
         reduction: over images: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:

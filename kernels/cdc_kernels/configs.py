@@ -1,8 +1,10 @@
 """Launch configurations, one fixed default for each kind of kernel, architecture and width of the features; and
 which of two paths computes: tiles that multiply for themselves, or a library's products over chunks of classes.
 
-Nothing is asked of a device at import. Set ``CDC_KERNELS_AUTOTUNE=1`` to time the candidates once for each
-shape instead of taking the default. :class:`force_path` overrides the rule between the paths.
+Nothing is asked of a device at import. Set ``CDC_KERNELS_AUTOTUNE=1`` to time both paths and the candidates once for
+each shape, direction and dtype, and take the fastest instead of the default along the rule's path: like cuDNN's
+benchmark mode, at the price that two processes may choose differently and then differ by rounding. :class:`force_path`
+overrides the rule between the paths.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -31,6 +35,8 @@ class Config:
     num_warps: int
     num_stages: int
 
+
+Choice = tuple[str, Config]  # a path, and the configuration of its kernel that makes or reads the logits
 
 #: kind -> architecture -> (16-bit features, 32-bit features). KL needs registers for its gamma functions. Chosen
 #: so that no kernel spills much (benches/results/aot); speed on a device is still to be measured.
@@ -67,7 +73,7 @@ INTERPRETER = Config(16, 16, 16, 32, 1, 1)
 CANDIDATES: dict[str, tuple[Config, ...]] = {
     "forward": (Config(64, 64, 64, 0, 4, 3), Config(64, 128, 64, 0, 4, 3), Config(128, 128, 64, 0, 8, 4)),
 }
-_tuned: dict[tuple[object, ...], Config] = {}
+_tuned: dict[tuple[object, ...], Choice] = {}
 
 
 # ---- which path -------------------------------------------------------------------------------------------------
@@ -115,19 +121,25 @@ class force_path:
         _forced = self._before
 
 
-def path(
+def paths(
     direction: str, B: int, M: int, K: int, D: int, dtype: torch.dtype,
     sides: int = 2, tf32: bool = False, again: bool = True,
-) -> str:  # fmt: skip
-    """The path of less estimated time. direction: "forward" or "backward", the latter to ``sides`` of the features.
+) -> list[str]:  # fmt: skip
+    """The paths that can be taken, that of least estimated time first; one alone if it is forced.
 
-    again: whether a backward pass along "tiles" makes the fused opinion again.
+    direction: "forward" or "backward", the latter to ``sides`` of the features. again: whether a backward pass along
+    "tiles" makes the fused opinion again.
     """
     if _forced is not None:
-        return _forced
+        return [_forced]
     if torch.version.hip and dtype.itemsize == 2:
-        return "tiles"  # no library product of 16-bit features gives float32 there in every version of torch
-    return min(PATHS, key=lambda each: seconds(each, direction, B, M, K, D, dtype, sides, tf32, again))
+        return ["tiles"]  # no library product of 16-bit features gives float32 there in every version of torch
+    return sorted(PATHS, key=lambda each: seconds(each, direction, B, M, K, D, dtype, sides, tf32, again))
+
+
+def path(direction: str, B: int, M: int, K: int, D: int, dtype: torch.dtype) -> str:
+    """The path that the rule takes, of a backward pass to image and text."""
+    return paths(direction, B, M, K, D, dtype)[0]
 
 
 def seconds(
@@ -181,22 +193,30 @@ def default(kind: str, arch: str, itemsize: int) -> Config:
     return DEFAULTS[kind][arch][0 if itemsize == 2 else 1]
 
 
-def pick(kind: str, x: torch.Tensor, key: tuple[int, ...], base: Config, launch: Callable[[Config], object]) -> Config:
-    """The configuration to launch with: ``base``, or the fastest candidate when autotuning, as ``launch`` runs it."""
-    if os.environ.get(AUTOTUNE) != "1" or kind not in CANDIDATES:
-        return base
-    found = (kind, x.device, x.dtype, *key)
-    if found not in _tuned:
-        _tuned[found] = min((base, *CANDIDATES[kind]), key=lambda config: _time(launch, config))
-    return _tuned[found]
+def autotuning() -> bool:
+    """Whether the environment asks for it."""
+    return os.environ.get(AUTOTUNE) == "1"
 
 
-def _time(launch: Callable[[Config], object], config: Config) -> float:
+def fastest(
+    key: tuple[object, ...], choices: Sequence[Choice], launch: Callable[[Choice], object], device: torch.device
+) -> Choice:
+    """The choice that ``launch`` runs in least time; remembered for the key while the process lives."""
+    if key not in _tuned:
+        _tuned[key] = min(choices, key=lambda choice: _time(partial(launch, choice), device))
+    return _tuned[key]
+
+
+def _time(run: Callable[[], object], device: torch.device) -> float:
     """Milliseconds; infinite for a configuration that does not fit the device."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     try:
-        return float(do_bench(lambda: launch(config), warmup=5, rep=20))
+        if device.type != "cpu":
+            return float(do_bench(run, warmup=5, rep=20))
+        begin = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - begin)
     except OutOfResources:
         return float("inf")

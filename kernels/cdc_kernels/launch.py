@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -20,11 +20,18 @@ from torch import Tensor
 
 from cdc_kernels import configs
 from cdc_kernels.chunks import project_kernel, slope_kernel
-from cdc_kernels.configs import INTERPRETER, Config
+from cdc_kernels.configs import INTERPRETER, Choice, Config
 from cdc_kernels.fused_opinion import finish_kernel, forward_kernel, image_kernel, text_kernel
 from cdc_kernels.special import NOTHING
 
+T = TypeVar("T")
+
 INTERPRETED = configs.interpreted(forward_kernel)
+#: Which kernel reads or makes the logits, by direction and path.
+KINDS = {
+    "forward": {"tiles": "forward", "chunks": "epilogue"},
+    "backward": {"tiles": "gradient", "chunks": "slope"},
+}
 #: Tiles' backward pass of the loss makes the fused log ratio again, for so many numbers (16 MB) of it at a time.
 RATIO_NUMBERS = 2**22
 #: So many partial row sums (16 MB) are kept at a time.
@@ -225,6 +232,29 @@ class Call:
         return dataclasses.replace(self, tensors=self.tensors | {"x_ptr": here}, sizes=sizes)
 
 
+def run_fastest(
+    call: Call,
+    direction: str,
+    what: tuple[object, ...],
+    launch: Callable[[Choice], T],
+    sides: int = 2,
+    again: bool = True,
+) -> T:
+    """Launch along the rule's path with its default; when autotuning along the fastest here, for inputs of this kind.
+
+    what: what else than the call tells one launch from another; sides and again as for :func:`configs.paths`.
+    """
+    x, B, M, K, D = call.image, *(call.sizes[name] for name in "BMKD")
+    paths = configs.paths(direction, B, M, K, D, x.dtype, sides, call.flags["PRECISION"] == "tf32", again)
+    choices = [(path, call.config(KINDS[direction][path])) for path in paths]
+    if not configs.autotuning():
+        return launch(choices[0])
+    if not call.flags["KL"] and not INTERPRETED:  # KL's gamma functions need smaller tiles
+        choices += [(path, each) for path in paths for each in configs.CANDIDATES.get(KINDS[direction][path], ())]
+    key = direction, tuple(paths), x.device, x.dtype, x.dim(), B, M, K, D, *call.flags.values(), *what
+    return launch(configs.fastest(key, choices, launch, x.device))
+
+
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a @ b`` [M, .., ..] by the library; out is float32, a and b are of one dtype."""
     if a.dtype == out.dtype:
@@ -334,17 +364,15 @@ def row_sums(i: Inputs, want_ratio: bool, fused: bool = True) -> tuple[Tensor, T
     sums = i.scale.new_empty((4, M + 1, B)) if fused else i.scale.new_zeros((4, M + 1, B))
     if B == 0:
         return ratio, sums
-    call, path = Call.of(i), configs.path("forward", *i.sizes, i.image.dtype, tf32=i.tf32)
+    call = Call.of(i)
 
-    def launch(config: Config) -> None:
+    def launch(choice: Choice) -> None:
+        path, config = choice
         for _ in forward(call, config, path, sums, fused, ratio if want_ratio else None):
             pass
 
     with on_device(i.image):
-        config = call.config("forward" if path == "tiles" else "epilogue")
-        if path == "tiles" and not i.kl and not INTERPRETED:
-            config = configs.pick("forward", i.image, i.sizes, config, launch)
-        launch(config)
+        run_fastest(call, "forward", (want_ratio, fused), launch)
     return ratio, sums
 
 
@@ -356,18 +384,22 @@ def topk(i: Inputs, k: int) -> tuple[Tensor, Tensor, Tensor]:
     classes = torch.empty((B, 0), dtype=torch.int64, device=i.image.device)
     if B == 0:
         return classes.new_empty((0, k)), values.new_empty((0, k)), sums
-    call, path = Call.of(i), configs.path("forward", *i.sizes, i.image.dtype, tf32=i.tf32)
-    config = call.config("forward" if path == "tiles" else "epilogue")
-    columns = triton.cdiv(max(k, min(TOPK_COLUMNS, triton.cdiv(K, 4))), config.classes) * config.classes
-    ratio = i.scale.new_empty((B, min(columns, K)))
-    with on_device(i.image):
+    call = Call.of(i)
+
+    def launch(choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
+        path, config = choice
+        columns = triton.cdiv(max(k, min(TOPK_COLUMNS, triton.cdiv(K, 4))), config.classes) * config.classes
+        ratio, best, at = i.scale.new_empty((B, min(columns, K))), values, classes
         for first, here in forward(call, config, path, sums, True, ratio, columns):
             assert here is not None
-            best, where = here.topk(min(k, here.shape[1]), dim=1)
-            values, classes = torch.cat([values, best], 1), torch.cat([classes, where + first], 1)
-            values, order = values.topk(min(k, values.shape[1]), dim=1)
-            classes = classes.gather(1, order)
-    return classes, values, sums
+            more, where = here.topk(min(k, here.shape[1]), dim=1)
+            best, at = torch.cat([best, more], 1), torch.cat([at, where + first], 1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            at = at.gather(1, order)
+        return at, best, sums
+
+    with on_device(i.image):
+        return run_fastest(call, "forward", ("topk", k), launch)
 
 
 @dataclass
@@ -395,23 +427,27 @@ def gradients(
     if B == 0:
         return g_image, g_text.zero_(), g_rows
     out = Wanted(g_image if need_image else None, g_text if need_text else None, g_rows if need_rows else None)
-    call = Call.of(i)
-    again = fused and ratio is None
-    path = configs.path("backward", *i.sizes, i.image.dtype, need_image + need_text, i.tf32, again)
-    with on_device(i.image):
+    call, planes = Call.of(i), planes.contiguous()
+
+    def launch(choice: Choice) -> None:
+        path, config = choice
         if path == "chunks":
-            chunk_gradients(call, planes.contiguous(), g_ratio, fused, out)
+            chunk_gradients(call, config, planes, g_ratio, fused, out)
         else:
-            tile_gradients(call, planes.contiguous(), ratio, g_ratio, fused, out)
+            tile_gradients(call, config, planes, ratio, g_ratio, fused, out)
+
+    what = need_image, need_text, need_rows, fused, ratio is None, g_ratio is None
+    with on_device(i.image):
+        run_fastest(call, "backward", what, launch, need_image + need_text, again=fused and ratio is None)
     return g_image, g_text, g_rows
 
 
 def tile_gradients(
-    call: Call, planes: Tensor, ratio: Tensor | None, g_ratio: Tensor | None, fused: bool, out: Wanted
+    call: Call, config: Config, planes: Tensor, ratio: Tensor | None, g_ratio: Tensor | None, fused: bool, out: Wanted
 ) -> None:
     """Tiles multiply for themselves; the fused log ratio, if not at hand, is made again for a chunk of classes."""
     B, M, K, D = (call.sizes[name] for name in "BMKD")
-    config, forward_config = call.config("gradient"), call.config("forward")
+    forward_config = call.config("forward")
     again = fused and ratio is None
     columns = call.columns(B, RATIO_NUMBERS, config) if again else K
     if again or ratio is None:
@@ -458,14 +494,15 @@ def tile_gradients(
             text_kernel[(triton.cdiv(last - first, config.classes), M, slices)](g_text_ptr=out.text, **common)
 
 
-def chunk_gradients(call: Call, planes: Tensor, g_ratio: Tensor | None, fused: bool, out: Wanted) -> None:
+def chunk_gradients(
+    call: Call, config: Config, planes: Tensor, g_ratio: Tensor | None, fused: bool, out: Wanted
+) -> None:
     """A library multiplies, over chunks of classes; one kernel between turns products into their gradients.
 
     Beyond inputs and gradients it takes ``configs.WORKSPACE`` bytes (or one tile of classes, if that is more), for
     image gradients M float32 copies of these, and for float16 features a float32 copy of the images.
     """
     B, M, K, D = (call.sizes[name] for name in "BMKD")
-    config = call.config("slope")
     gradient_dtype = torch.bfloat16 if call.half else torch.float32
     text_buffer = out.text is not None and out.text.dtype != torch.float32
     text_copy = out.image is not None and call.text.dtype != gradient_dtype

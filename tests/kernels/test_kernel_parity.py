@@ -6,6 +6,7 @@ and evidence is its exponential.
 """
 
 import contextlib
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -273,6 +274,51 @@ def test_fused_topk(B, M, K, data, rule):
     for name in ("prob", "belief", "uncertainty", "prompt_uncertainty"):
         torch.testing.assert_close(getattr(mine, name).double(), getattr(right, name), rtol=1e-4, atol=1e-6)
     assert (mine.classes == right.classes).float().mean() > 0.99 or rule != "dempster"
+
+
+@pytest.mark.parametrize("fast", configs.PATHS)
+def test_autotuning_takes_what_is_fastest_here_and_remembers(fast, monkeypatch):
+    """Both paths really run; only the clock is ours, so that the test knows which is the faster."""
+    tried, measured = [], configs._time
+
+    def clock(run, device):
+        choice = run.args[0]
+        tried.append(choice[0])
+        assert measured(run, device) > 0
+        return 1.0 if choice[0] == fast else 2.0
+
+    taken = {"forward": [], "backward": []}
+    forward, gradients = launch.forward, {name: getattr(launch, f"{name[:-1]}_gradients") for name in configs.PATHS}
+    monkeypatch.setattr(
+        launch, "forward", lambda c, f, path, *a: taken["forward"].append(path) or forward(c, f, path, *a)
+    )
+    for name, made in gradients.items():
+        watched = partial(lambda name, made, *a: taken["backward"].append(name) or made(*a), name, made)
+        monkeypatch.setattr(launch, f"{name[:-1]}_gradients", watched)
+    monkeypatch.setattr(configs, "_time", clock)
+    monkeypatch.setattr(configs, "_tuned", {})
+    monkeypatch.setenv(configs.AUTOTUNE, "1")
+    run_loss(Case(3, 2, 40, 5, path=None))
+    assert tried == list(configs.paths("forward", 3, 2, 40, 5, torch.float32)) + list(
+        configs.paths("backward", 3, 2, 40, 5, torch.float32)
+    )
+    assert {name: each[-1] for name, each in taken.items()} == {"forward": fast, "backward": fast}
+    run_loss(Case(3, 2, 40, 5, seed=1, path=None))  # of the same sizes
+    assert len(tried) == 4
+    run_opinion(Case(3, 2, 40, 5, path=None))
+    found = fused_topk(*Case(3, 2, 40, 5).inputs[:2], 4, scale=10.0, backend="triton")
+    right = fused_topk(*Case(3, 2, 40, 5).inputs[:2], 4, scale=10.0, backend="reference")
+    assert torch.equal(found.classes, right.classes)
+    assert len(tried) == 10  # the opinion both ways, and the top-k
+
+
+@both_paths
+def test_a_forced_path_is_not_timed(path, monkeypatch):
+    monkeypatch.setenv(configs.AUTOTUNE, "1")
+    monkeypatch.setattr(configs, "_tuned", {})
+    run_loss(Case(3, 2, 17, 5, path=path))
+    assert {key[1] for key in configs._tuned} == {(path,)}
+    assert {choice[0] for choice in configs._tuned.values()} == {path}
 
 
 @both_paths
