@@ -242,12 +242,12 @@ def linear_opinion(blocks: Blocks) -> tuple[Tensor, Tensor] | None:
                         return None
                     reached += bound  # no ln(1 + q) is larger
                     if q is not None and reached >= blocks.limit:
-                        log = torch.log1p(q) if log is None else log.add_(q.log1p_())
+                        log = blocks.log1p_(q.clone(), False) if log is None else log.add_(blocks.log1p_(q, False))
                         q, reached = out.copy_(v), bound
                     else:
                         q = v if q is None else torch.add(q, v.addcmul_(v, q), out=out)
             total, last = torch.cat(sums), out.sum(-1)
-            torch.log1p(out, out=out)
+            blocks.log1p_(out, idle=True)
             if log is not None:
                 last = Block(out.add_(log), LOG1P).log_sum(spare=log)
             elif not known:
