@@ -274,7 +274,7 @@ class Blocks:
     def log1p_(self, q: Tensor, idle: bool) -> Tensor:
         """``ln(1 + q)`` in place for a block [b, k]. idle: whether the prompts' logits are used up, to lend memory."""
         if idle:
-            return log1p_(q, self._memory["logits"]) if "logits" in self._memory else q.log1p_()
+            return log1p_(q, self._memory["logits"])
         # two blocks, which a step in log space may take; or a quarter of that, for a quarter of the rows at a time
         return log1p_(q, self.buffer("spare", slice(0, math.ceil(q.numel() / 2) if self._linear else 2 * q.numel())))
 

@@ -48,13 +48,21 @@ def sum_prompts(problem: Problem, inputs: tuple[Tensor | None, ...]) -> Tensor:
     return sums[0, :-1].t()
 
 
+def row_sums(
+    problem: Problem, target: Tensor | None, square: bool, kl: bool, want_ratio: bool, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """log_ratio and row sums [4, M + 1, B]; the fused opinion last, zero without ``fused``."""
+    inputs = arguments(problem)
+    weight = rule_weight(problem, inputs) if fused else None
+    rule = problem.rule if fused else "cumulative"  # the same kernels, whatever rule is not followed
+    options = problem.activation, rule, problem.prior_weight, problem.classes, square, kl, want_ratio, fused
+    return ops.row_sums(*inputs, weight, target, *options)
+
+
 def fused_opinion(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`cdc_ops.backends`."""
     M = problem.sizes[1]
-    inputs = arguments(problem)
-    weight = rule_weight(problem, inputs)
-    options = problem.activation, problem.rule, problem.prior_weight, problem.classes, False, False, True, True
-    ratio, sums = ops.row_sums(*inputs, weight, None, *options)
+    ratio, sums = row_sums(problem, None, False, False, True, True)
     return ratio, sums[0, M], sums[0, :M].t()
 
 
@@ -77,11 +85,8 @@ def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
 
 def target_sums(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """Row sums [4, M + 1, B] that leave the target out, the fused opinion last; [4, M, B] where none is needed."""
-    inputs, fused = arguments(problem), loss.needs_fused(problem)
-    weight = rule_weight(problem, inputs) if fused else None
-    rule = problem.rule if fused else "cumulative"  # the same kernels, whatever rule is not followed
-    options = problem.activation, rule, problem.prior_weight, problem.classes, loss.square, loss.kl, False, fused
-    _, sums = ops.row_sums(*inputs, weight, target, *options)
+    fused = loss.needs_fused(problem)
+    _, sums = row_sums(problem, target, loss.square, loss.kl, False, fused)
     return sums if fused else sums[:, :-1]
 
 

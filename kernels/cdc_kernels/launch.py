@@ -246,9 +246,13 @@ def run_fastest(
     """
     x, B, M, K, D = call.image, *(call.sizes[name] for name in "BMKD")
     paths = configs.paths(direction, B, M, K, D, x.dtype, sides, call.flags["PRECISION"] == "tf32", again)
-    choices = [(path, call.config(KINDS[direction][path])) for path in paths]
+
+    def default(path: str) -> Choice:
+        return path, call.config(KINDS[direction][path])
+
     if not configs.autotuning():
-        return launch(choices[0])
+        return launch(default(paths[0]))
+    choices = [default(path) for path in paths]
     if not call.flags["KL"] and not INTERPRETED:  # KL's gamma functions need smaller tiles
         choices += [(path, each) for path in paths for each in configs.CANDIDATES.get(KINDS[direction][path], ())]
     key = direction, tuple(paths), x.device, x.dtype, x.dim(), B, M, K, D, *call.flags.values(), *what
