@@ -4,9 +4,10 @@ Fusion is elementwise in the class, and everything else an opinion or its loss n
 of logits can be made, folded into the fused block and into its row's sums, and overwritten by the next
 prompts'. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is, in blocks: forward
 one for each prompt at hand, of which there are two (or all, where the whole problem is small), and one for the fused
-opinion unless it is the output; backward M + 3, and 2 for each prompt at hand, or 3 for the weighted rule. A loss that
-needs no opinion but the prompts', as that of a single prompt, makes no fused one, forward or backward. In log space, or
-for an activation, one more and 3 more for each prompt at hand, with squares 4, for the KL term 17.
+opinion unless it is the output; backward 2 M + 1, and one for each prompt at hand. Where gradients are made of
+logarithms, backward M + 3, and 2 for each prompt at hand, or 3 for the weighted rule. A loss that needs no opinion but
+the prompts', as that of a single prompt, makes no fused one, forward or backward. In log space, or for an activation,
+one more and 3 more for each prompt at hand, with squares 4, for the KL term 17.
 The more a pass holds at once, the fewer classes a block gets: all of them together stay below [B, M, K], those of
 fused_topk below [B, K] (as long as K is a few hundred, so that K numbers are more than the row sums of an image, and
 but for the KL term of one prompt, whose blocks of 64 classes may hold more).
@@ -15,7 +16,7 @@ Speed on a CPU comes from four things. A block stays in the cache between the ma
 epilogue. Two prompts are multiplied at once, one by each half of the threads. They are fused in linear space: one
 exponential for each logit, a power of 2, and one ``log1p`` for each class instead of a ``log1p`` for each logit; where
 that would leave the range of the dtype, which the features' lengths, the block's largest logit or its row sums tell,
-logarithms take over. And text is normalised by scaling its logits, not by making a normalised copy.
+logarithms take over; likewise backward, where each logit takes the same exponential and a division. And text is normalised by scaling its logits, not by making a normalised copy.
 """
 
 from __future__ import annotations
@@ -30,13 +31,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdc_ops.backends import LossForm, Problem, loss_from_sums, refuse_second_derivatives
-from cdc_ops.backends.blocks import EPS, LOG, LOG1P, Block, Blocks, Fusion, Group, as_dtype, exp_, spans
+from cdc_ops.backends.blocks import (
+    EPS,
+    LINEAR,
+    LOG,
+    LOG1P,
+    Block,
+    Blocks,
+    Fusion,
+    Group,
+    as_dtype,
+    exp_,
+    log1p_exp,
+    spans,
+)
 from cdc_ops.dirichlet import RowSums
 from cdc_ops.fusion import confidence_weight
 from cdc_ops.special import kl_element, kl_slope, softplus
 
 Weights = Tensor | float  # of the prompts in the fusion: [M, B, 1], or one number
 ONE = slice(0, 1)
+#: Opinions whose ``ln(1 + v)`` stays below this have gradients in linear space: neither v nor 1 / sum v nears the ends
+#: of float32.
+LARGEST = 60.0
 
 
 class Sums(NamedTuple):
@@ -74,6 +91,12 @@ class Place(NamedTuple):
     def take(self, block: Tensor) -> Tensor:
         """The values [..., b, 1] at the positions."""
         return block.gather(-1, self.position.expand(*block.shape[:-1], 1))
+
+    def cut(self, block: Tensor) -> Tensor:
+        """The values [..., b, 1] at the positions, which are 0 then for targets that are inside."""
+        kept = self.take(block)
+        block.scatter_(-1, self.position.expand_as(kept), kept.masked_fill(self.inside, 0.0))
+        return kept
 
     def put(self, block: Tensor, value: Tensor | float) -> None:
         """Write a number, or [..., b, 1], at the targets that are inside."""
@@ -140,26 +163,26 @@ class Accumulator:
 
         Evidence is that of the classes at hand; the prior is always that of all.
         """
-        classes = self.blocks.problem.classes
-        without_target = self.sums.target is None
-        if self.linear:
-            total = self._whole("sum")
-            if without_target:
-                return total.log1p_().T
-            return (total.log_() if classes == 1 else total.sub_(1 / classes).log1p_()).T
-        total = self._whole("log_sum")
-        if without_target:
-            return softplus(total).T
-        if classes == 1:
-            return total.T
-        constant = math.log((classes - 1) / classes)
-        return softplus(total - constant).add_(constant).T
+        total = self._whole("sum" if self.linear else "log_sum")
+        return log_rest(total, self.blocks.problem.classes, self.sums.target is not None, log=not self.linear).T
 
     def results(self) -> tuple[Tensor | None, ...]:
         """log_rest (or ``-ln u``), log_target, log_square and kl_sum, each [B, opinions] or None."""
         asked = (self.sums.target is not None, self.sums.square, self.sums.kl)
         others = zip(asked, ("log_target", "log_square", "kl_sum"), strict=True)
         return self.total(), *(self._whole(kind).T if wanted else None for wanted, kind in others)
+
+
+def log_rest(total: Tensor, classes: int, without_target: bool, log: bool) -> Tensor:
+    """``ln(x + (K - 1) / K)`` of the evidence x without the target, or ``ln(x + 1)`` of all; total: x or ``ln x``."""
+    if not without_target:
+        return softplus(total) if log else total.log1p_()
+    if classes == 1:
+        return total if log else total.log_()
+    if not log:
+        return total.sub_(1 / classes).log1p_()
+    constant = math.log((classes - 1) / classes)
+    return softplus(total - constant).add_(constant)
 
 
 def fusion_weights(blocks: Blocks) -> Weights:
@@ -215,52 +238,85 @@ def sweep(
             yield rows, columns, fusion
 
 
-def linear_opinion(blocks: Blocks) -> tuple[Tensor, Tensor] | None:
-    """log_ratio [B, K] and ``-ln u`` [B, M + 1] of exp evidence by Dempster's rule; None where that overflows.
+def linear_space(problem: Problem, sums: Sums) -> bool:
+    """Whether the row sums and their gradients can be made without logarithms, unless evidence is too large."""
+    return problem.activation == "exp" and (problem.rule == "dempster" or not sums.fused) and not sums.held
+
+
+def linear_sums(
+    blocks: Blocks, target: Tensor | None, fused: bool, log_ratio: Tensor | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """log_rest (or ``-ln u``) and log_target, [B, opinions], of exp evidence by Dempster's rule; None on overflow.
 
     What :func:`sweep` makes too, in fewer calls and without the lines that choose them: a CPU's product has pushed
     those out of the cache, and to run them takes some per cent of its time. Row sums, which are needed anyway, bound
     the evidence. Where the product over all prompts could overflow, as at CLIP's scale of 100, what it has come to
-    becomes a logarithm and the product begins anew.
+    becomes a logarithm and the product begins anew. A target's evidence is taken out of every prompt, so that it is in
+    no sum, and fused apart.
+
+    fused: whether the last opinion is the fused one; log_ratio [B, K]: where to write its log ratio, if that is wanted.
     """
     known = blocks.known_bounds is not None  # then nothing overflows
-    log_ratio = blocks.image.new_empty(blocks.B, blocks.K)
+    classes = blocks.problem.classes
     prompts: dict[int, Tensor] = {}  # sum_k v_k [M, b] by the first of the images
-    fused: dict[int, Tensor] = {}  # [b]; a logarithm, if not known
+    last: dict[int, Tensor] = {}  # of the fused opinion [b]; a logarithm, if not known
+    targets: dict[int, Tensor] = {}  # log_target [opinions, b]
     for columns in spans(blocks.K, blocks.columns):
         groups = blocks.groups_at(columns, blocks.lengths(columns))
         for rows in spans(blocks.B, blocks.rows):
-            out, q, log, sums, reached = blocks.place(rows, columns, log_ratio), None, None, [], 0.0
+            out = blocks.place(rows, columns, log_ratio) if fused else None
+            place = Place.of(target, rows, columns)
+            q, log, reached, sums, kept = None, None, 0.0, [], []
             for group in groups:
                 product = blocks.product(group, rows, blocks.buffer("logits", group.prompts, rows, columns))
-                z = blocks.logits(group, product, out.unsqueeze(0) if group.prompts == ONE else product)
-                values = blocks.exponential(z)
+                to = product if out is None or group.prompts != ONE else out.unsqueeze(0)
+                values = blocks.exponential(blocks.logits(group, product, to))
+                if place is not None:
+                    kept.append(place.cut(values))
                 sums.append(values.sum(-1))
-                bounds = [0.0] * len(values) if known else sums[-1].amax(-1).log1p_().tolist()
+                if known:
+                    bounds = [0.0] * len(values)
+                else:
+                    whole = sums[-1] if place is None else sums[-1] + kept[-1].squeeze(-1)
+                    bounds = whole.amax(-1).log1p_().tolist()
                 for v, bound in zip(values.unbind(), bounds, strict=True):
                     if not bound < blocks.limit:  # also for nan
                         return None
+                    if out is None:
+                        continue
                     reached += bound  # no ln(1 + q) is larger
                     if q is not None and reached >= blocks.limit:
                         log = blocks.log1p_(q.clone(), False) if log is None else log.add_(blocks.log1p_(q, False))
                         q, reached = out.copy_(v), bound
                     else:
                         q = v if q is None else torch.add(q, v.addcmul_(v, q), out=out)
-            total, last = torch.cat(sums), out.sum(-1)
-            blocks.log1p_(out, idle=True)
-            if log is not None:
-                last = Block(out.add_(log), LOG1P).log_sum(spare=log)
-            elif not known:
-                last.log_()
-            if columns.start:
-                total.add_(prompts[rows.start])
-                last = (torch.add if known else torch.logaddexp)(last, fused[rows.start])
-            prompts[rows.start], fused[rows.start] = total, last
+            total = torch.cat(sums)
+            prompts[rows.start] = total if columns.start == 0 else prompts[rows.start].add_(total)
+            if out is not None:
+                here = out.sum(-1)
+                if log_ratio is not None or log is not None:
+                    blocks.log1p_(out, idle=True)
+                if log is not None:
+                    here = Block(out.add_(log), LOG1P).log_sum(spare=log)
+                elif not known:
+                    here.log_()
+                before = last.get(rows.start)
+                last[rows.start] = here if before is None else (torch.add if known else torch.logaddexp)(here, before)
+            if place is not None:
+                v = torch.cat(kept)
+                lead = Block(v, LINEAR).log_alpha(classes)
+                if fused:
+                    lead = torch.cat([lead, Block(v.log1p_().sum(0, keepdim=True), LOG1P).log_alpha(classes)])
+                here = lead.masked_fill_(~place.inside, 0.0).squeeze(-1)
+                targets[rows.start] = here if columns.start == 0 else targets[rows.start].add_(here)
     if not prompts:  # no images
-        return log_ratio, log_ratio.new_empty(0, blocks.M + 1)
-    total, last = side_by_side(prompts), side_by_side(fused)
-    last = last.log1p_() if known else softplus(last)
-    return log_ratio, torch.cat([total.log1p_(), last.unsqueeze(0)]).T
+        nothing = blocks.image.new_empty(0, blocks.M + fused)
+        return nothing, None if target is None else nothing
+    apart = target is not None
+    total = log_rest(side_by_side(prompts), classes, apart, log=False)
+    if fused:
+        total = torch.cat([total, log_rest(side_by_side(last), classes, apart, log=not known).unsqueeze(0)])
+    return total.T, side_by_side(targets).T if apart else None
 
 
 def side_by_side(parts: dict[int, Tensor]) -> Tensor:
@@ -278,19 +334,19 @@ def row_sums(
     last column of each is the fused opinion's, if that is wanted. again: whether a backward pass will follow.
     """
     held, whole = int(sums.fused and not want_log_ratio), math.prod(problem.sizes)
-    plain = problem.activation == "exp" and problem.rule == "dempster" and sums.target is None and not sums.held
-    if plain and want_log_ratio:
+    B, _, K = problem.sizes
+    log_ratio = image.new_empty(B, K) if want_log_ratio else None
+    if linear_space(problem, sums):
         blocks = Blocks(problem, image, held, 1, whole, linear=True, again=again)
-        opinion = linear_opinion(blocks)
-        blocks.close(keep=opinion is not None)  # the sweep's blocks are smaller
-        if opinion is not None:
-            return *opinion, None, None, None
+        made = linear_sums(blocks, sums.target, sums.fused, log_ratio)
+        blocks.close(keep=made is not None)  # the sweep's blocks are smaller
+        if made is not None:
+            return log_ratio, *made, None, None
     blocks = Blocks(problem, image, held, 1 + sums.held, whole)
     if not sums.fused:
         results = sum_prompts(blocks, sums).results()
         blocks.close()
         return None, *results
-    log_ratio = image.new_empty(blocks.B, blocks.K) if want_log_ratio else None
     accumulator = Accumulator(blocks, sums)
     for _, _, fusion in sweep(blocks, accumulator, log_ratio):
         if want_log_ratio:
@@ -326,26 +382,54 @@ class RowSumsFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("backend='blocked' has", "; use backend='reference'")
         image, _, _, _, _, total, log_target, log_square = ctx.saved_tensors
-        B, M, K = ctx.problem.sizes
-        # products, made only once; the fused opinion, its gradient, and that of the block before
-        held = M + (3 if ctx.sums.fused else 0)
-        each = 3 if ctx.problem.rule == "weighted" else 2  # logits, their gradient, and what comes by the weights
+        problem, sums = ctx.problem, ctx.sums
+        B, M, K = problem.sizes
+        bounds = linear_bounds(problem, sums, total, log_target)
+        linear = bounds is not None
+        if linear:
+            held = 2 * M + sums.fused  # products and evidence; the fused opinion, then its gradient
+            each = int(sums.fused)  # what a prompt has of that
+        else:
+            # products, made only once; the fused opinion, its gradient, and that of the block before
+            held = M + (3 if sums.fused else 0)
+            # logits, their gradient, and what comes by the weights
+            each = sums.held + (3 if problem.rule == "weighted" else 2)
         whole = (B - 1) * M * K  # beside the lengths of text, which were kept
-        blocks = Blocks(ctx.problem, image, held, each + ctx.sums.held, whole, logarithms=True)
+        blocks = Blocks(problem, image, held, each, whole, logarithms=not linear, linear=linear, again=True)
         row_sums = (total, log_target, log_square, g_total, g_target, g_square, g_kl)
         given: Any = (None if x is None else columns_of(x) for x in row_sums)
-        slopes = RowSlopes(blocks, ctx.sums, *given)
+        slopes = RowSlopes(blocks, sums, bounds, *given)
         g_ratio = g_ratio if ctx.want_log_ratio else None
         return *gradients(blocks, slopes, g_ratio, ctx.needs_input_grad), None, None, None
 
 
-class RowSlopes:
-    """Gradients that arrive at the row sums, with the row sums themselves: all [opinions, B, 1] or None."""
+def linear_bounds(problem: Problem, sums: Sums, total: Tensor, log_target: Tensor | None) -> tuple[float, ...] | None:
+    """Bounds on every opinion's ``ln(1 + v)``, if gradients can be made of v itself, without logarithms; else None.
 
-    def __init__(self, blocks: Blocks, sums: Sums, total: Tensor, *others: Tensor | None) -> None:
-        self.blocks, self.sums = blocks, sums
+    The row sums of the forward pass are such bounds. Of exp evidence by Dempster's rule, or where nothing is fused,
+    ``dL/dz = v (G + F / (1 + v))`` with a number G for each image, the gradient with respect to v, and the fused log
+    ratio's gradient F.
+    """
+    if not linear_space(problem, sums) or not len(total):
+        return None
+    largest = total if log_target is None else torch.maximum(total, log_target)
+    bounds = tuple(log1p_exp(x) for x in largest.amax(0).tolist())
+    return bounds if all(bound < LARGEST for bound in bounds[: problem.sizes[1]]) else None  # also for nan
+
+
+class RowSlopes:
+    """Gradients that arrive at the row sums, with the row sums themselves: all [opinions, B, 1] or None.
+
+    bounds: see :func:`linear_bounds`.
+    """
+
+    def __init__(
+        self, blocks: Blocks, sums: Sums, bounds: tuple[float, ...] | None, total: Tensor, *others: Tensor | None
+    ) -> None:
+        self.blocks, self.sums, self.bounds = blocks, sums, bounds
         self._whole = total, *others
         self._views: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self._factors: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
     def _here(self, opinions: slice, rows: slice) -> tuple[Any, ...]:
         """All of them for some opinions and images, which every block of classes asks for again."""
@@ -355,9 +439,13 @@ class RowSlopes:
         return self._views[key]
 
     def at(self, opinions: slice, rows: slice, place: Place | None, block: Block, out: Tensor | None = None) -> Tensor:
-        """Gradient [g, b, k] with respect to the values of opinions' block, ``ln v`` or ``ln(1 + v)``, into ``out``."""
+        """Gradient [g, b, k] with respect to the values of opinions' block, ``ln v`` or ``ln(1 + v)``, into ``out``.
+
+        That may be the block itself if only the sum of evidence is wanted.
+        """
         total, log_target, log_square, g_total, g_target, g_square, g_kl = self._here(opinions, rows)
         lead = block.values
+        mine = None if place is None else torch.exp(place.take(lead) - log_target).mul_(g_target)
         grad = exp_(torch.sub(lead, total, out=out)).mul_(g_total)
         if log_square is not None or self.sums.kl:
             log_alpha = block.log_alpha(self.blocks.problem.classes)
@@ -367,24 +455,66 @@ class RowSlopes:
             if log_square is not None:
                 log_alpha.add_(lead).sub_(log_square)
                 grad.add_(exp_(log_alpha).mul_(2 * g_square))
-        if place is not None:
-            place.put(grad, torch.exp(place.take(lead) - log_target) * g_target)
+        if place is not None and mine is not None:
+            place.put(grad, mine)
         return grad
+
+    def times(self, opinions: slice, rows: slice, place: Place | None, x: Tensor) -> Tensor:
+        """x [g, b, k] times the gradient with respect to the evidence v of the same opinions, in place."""
+        key = opinions.start, rows.start
+        if key not in self._factors:
+            total, log_target, _, g_total, g_target, *_ = self._here(opinions, rows)
+            of_target = None if log_target is None else torch.exp(-log_target).mul_(g_target)
+            self._factors[key] = torch.exp(-total).mul_(g_total), of_target
+        factor, of_target = self._factors[key]
+        if place is None or of_target is None:
+            return x.mul_(factor)
+        mine = place.take(x).mul_(of_target)
+        place.put(x.mul_(factor), mine)
+        return x
 
 
 class FusedSlope(NamedTuple):
     """One block in the backward pass: every prompt's products, and the gradient of the fused log ratio, if any."""
 
-    blocks: Blocks
+    slopes: RowSlopes
     rows: slice
     columns: slice
     place: Place | None
     products: Tensor  # [M, b, k]
+    evidence: Tensor | None  # v [M, b, k], where gradients are made of it
     groups: list[Group]
     lengths: Tensor | None
     weights: Weights
-    log_ratio: Tensor | None  # [b, k]
+    log_ratio: Tensor | None  # [b, k], where they are made of logarithms
     grad: Tensor | None  # [1, b, k]
+
+    @property
+    def blocks(self) -> Blocks:
+        return self.slopes.blocks
+
+    def by_logits(self, group: Group, confidence: Confidence | None, g_weight: Tensor | None) -> Tensor:
+        """Gradient [g, b, k] with respect to some prompts' logits; adds to ``g_weight`` [B, M]."""
+        prompts, rows = group.prompts, self.rows
+        if self.evidence is not None:
+            return self._by_linear_logits(prompts, self.evidence[prompts])
+        y, dy_dz = self.log_evidence(group)
+        out = self.blocks.buffer("slopes", prompts, rows, self.columns)
+        grad = self.slopes.at(prompts, rows, self.place, Block(y, LOG), out)
+        if confidence is not None:
+            grad.add_(confidence.at(prompts, rows, y))
+        if g_weight is not None:
+            g_weight[rows, prompts] += self.by_weight(y).T
+        self.add_through_fusion(grad, prompts, y)
+        return grad if dy_dz is None else grad.mul_(dy_dz)
+
+    def _by_linear_logits(self, prompts: slice, v: Tensor) -> Tensor:
+        """``v (G + F / (1 + v))`` in place of v [g, b, k]."""
+        if self.grad is None:
+            return self.slopes.times(prompts, self.rows, self.place, v)
+        share = self.blocks.buffer("logits", prompts, self.rows, self.columns)
+        torch.div(v, torch.add(v, 1, out=share), out=share)
+        return self.slopes.times(prompts, self.rows, self.place, v).addcmul_(share, self.grad)
 
     def log_evidence(self, group: Group) -> tuple[Tensor, Tensor | None]:
         """``y = ln v`` [g, b, k] of some prompts, and dy/dz (None for 1)."""
@@ -416,27 +546,59 @@ class FusedSlope(NamedTuple):
 
 def fused_slopes(blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, weights: Weights) -> Iterator[FusedSlope]:
     """Every block again, classes outside, images inside."""
-    fused, wanted = slice(blocks.M, blocks.M + 1), slopes.sums.fused
+    every, fused = slice(0, blocks.M), slice(blocks.M, blocks.M + 1)
     for columns in spans(blocks.K, blocks.columns):
         lengths = blocks.lengths(columns)
         groups = blocks.groups_at(columns, lengths)
         for rows in spans(blocks.B, blocks.rows):
-            products = blocks.buffer("products", slice(0, blocks.M), rows, columns)
-            fusion = Fusion(blocks, blocks.place(rows, columns)) if wanted else None
-            for group in groups:
-                prompts = group.prompts
-                product = blocks.product(group, rows, products[prompts])
-                if fusion is not None:
-                    z = blocks.logits(group, product, blocks.buffer("logits", prompts, rows, columns))
-                    fusion.add(blocks.evidence(prompts, z), weights_at(weights, prompts, rows))
             place = Place.of(slopes.sums.target, rows, columns)
-            log_ratio = grad = None
-            if fusion is not None:
-                log_ratio = fusion.log_ratio()
-                grad = slopes.at(fused, rows, place, Block(log_ratio.unsqueeze(0), LOG1P))
-                if g_ratio is not None:
-                    grad.add_(g_ratio[rows, columns])
-            yield FusedSlope(blocks, rows, columns, place, products, groups, lengths, weights, log_ratio, grad)
+            products = blocks.buffer("products", every, rows, columns)
+            evidence = log_ratio = grad = None
+            if slopes.bounds is not None:
+                evidence = blocks.buffer("evidence", every, rows, columns)
+                for group in groups:
+                    product = blocks.product(group, rows, products[group.prompts])
+                    blocks.exponential(blocks.logits(group, product, evidence[group.prompts]))
+                if slopes.sums.fused:
+                    grad = linear_fused_slope(slopes, rows, columns, place, evidence)
+            else:
+                fusion = Fusion(blocks, blocks.place(rows, columns)) if slopes.sums.fused else None
+                for group in groups:
+                    prompts = group.prompts
+                    product = blocks.product(group, rows, products[prompts])
+                    if fusion is not None:
+                        z = blocks.logits(group, product, blocks.buffer("logits", prompts, rows, columns))
+                        fusion.add(blocks.evidence(prompts, z), weights_at(weights, prompts, rows))
+                if fusion is not None:
+                    log_ratio = fusion.log_ratio()
+                    grad = slopes.at(fused, rows, place, Block(log_ratio.unsqueeze(0), LOG1P))
+            if grad is not None and g_ratio is not None:
+                grad.add_(g_ratio[rows, columns])
+            yield FusedSlope(
+                slopes, rows, columns, place, products, evidence, groups, lengths, weights, log_ratio, grad
+            )
+
+
+def linear_fused_slope(slopes: RowSlopes, rows: slice, columns: slice, place: Place | None, values: Tensor) -> Tensor:
+    """Gradient [1, b, k] with respect to the log ratio of evidence v [M, b, k] fused by Dempster's rule; v is kept."""
+    blocks, bounds = slopes.blocks, slopes.bounds
+    assert bounds is not None
+    fused, out = slice(blocks.M, blocks.M + 1), blocks.place(rows, columns)
+    step = blocks.buffer("logits", blocks.groups[0], rows, columns)[0]
+    q, reached, log = values[0], bounds[0], None
+    for v, bound in zip(values[1:].unbind(), bounds[1:-1], strict=True):
+        if reached + bound < blocks.limit:
+            q, reached = torch.add(q, torch.addcmul(v, v, q, out=step), out=out), reached + bound
+            continue
+        part = blocks.log1p_(q.clone(), idle=True)
+        q, reached, log = v, bound, part if log is None else log.add_(part)
+    if log is None and bounds[-1] < LARGEST:
+        return slopes.times(fused, rows, place, torch.add(q, 1, out=out).unsqueeze(0))
+    log_ratio = blocks.log1p_(out.copy_(q) if q is not out else q, idle=True)
+    if log is not None:
+        log_ratio.add_(log)
+    block = Block(log_ratio.unsqueeze(0), LOG1P)
+    return slopes.at(fused, rows, place, block, block.values)
 
 
 class Confidence:
@@ -488,16 +650,7 @@ def gradients(
             along = None if lengths is None else torch.zeros_like(lengths)
         for group in fused.groups:
             prompts = group.prompts
-            y, dy_dz = fused.log_evidence(group)
-            out = blocks.buffer("slopes", prompts, rows, columns)
-            grad = slopes.at(prompts, rows, fused.place, Block(y, LOG), out)
-            if confidence is not None:
-                grad.add_(confidence.at(prompts, rows, y))
-            if g_weight is not None:
-                g_weight[rows, prompts] += fused.by_weight(y).T
-            fused.add_through_fusion(grad, prompts, y)
-            if dy_dz is not None:
-                grad.mul_(dy_dz)
+            grad = fused.by_logits(group, confidence, g_weight)
             if g_bias is not None:
                 g_bias[prompts] += grad.sum((1, 2))
             if g_scale is not None or along is not None:

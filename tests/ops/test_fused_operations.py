@@ -556,15 +556,15 @@ def test_compiles_without_a_graph_break(backend):
 
 
 @pytest.fixture
-def linear_opinions(monkeypatch):
-    """What blocked.linear_opinion returned, call for call."""
-    returned, linear_opinion = [], blocked.linear_opinion
+def linear_sums(monkeypatch):
+    """What blocked.linear_sums returned, call for call."""
+    returned, linear_sums = [], blocked.linear_sums
 
-    def recorded(given):
-        returned.append(linear_opinion(given))
+    def recorded(*given):
+        returned.append(linear_sums(*given))
         return returned[-1]
 
-    monkeypatch.setattr(blocked, "linear_opinion", recorded)
+    monkeypatch.setattr(blocked, "linear_sums", recorded)
     return returned
 
 
@@ -574,33 +574,37 @@ SIZES = [(0, 2, 5), (5, 1, 7), (5, 2, 7), (5, 3, 7), (7, 5, 4), (3, 4, 300)]
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize(("B", "M", "K"), SIZES)
 @pytest.mark.parametrize("bias", [None, "each"])
-def test_the_linear_opinion_is_the_sweep_s_bit_by_bit(request, monkeypatch, linear_opinions, small, B, M, K, bias):
+def test_the_linear_opinion_is_the_sweep_s_bit_by_bit(request, monkeypatch, linear_sums, small, B, M, K, bias):
     if small:
         request.getfixturevalue("small_blocks")
     image, text = features(B, M, K, 6, per_prompt=M == 3, dtype=torch.float32)
     kwargs = {"scale": torch.linspace(3, 20, M), "bias": bias and torch.linspace(-2, 1, M), "backend": "blocked"}
     linear = opinion_parts(fused_opinion(image, text, **kwargs))
-    assert len(linear_opinions) == 1 and linear_opinions[0] is not None
-    monkeypatch.setattr(blocked, "linear_opinion", lambda given: None)
+    assert len(linear_sums) == 1 and linear_sums[0] is not None
+    monkeypatch.setattr(blocked, "linear_sums", lambda *given: None)
     swept = opinion_parts(fused_opinion(image, text, **kwargs))
     for a, b in zip(linear, swept, strict=True):
         assert torch.equal(a, b)
+
+
+def features_at_a_cosine(B, M, K, cosine):
+    """Text whose cosine with every image, nearly, is this, and falls to half of it from the first class to the last."""
+    noise, text = features(B, M, K, 6, per_prompt=M == 3)
+    first = torch.eye(6, dtype=f64)[0]
+    across = F.normalize(text - (text @ first).unsqueeze(-1) * first, dim=-1)
+    along = cosine * torch.linspace(1, 0.5, K, dtype=f64).unsqueeze(-1)
+    return F.normalize(first + 0.01 * noise, dim=-1), along * first + (1 - along**2).sqrt() * across
 
 
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize(("B", "M", "K"), SIZES)
 @pytest.mark.parametrize("cosine", [-1.0, 0.0, 0.3, 0.42, 0.6, 0.99])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_the_linear_opinion_at_clip_s_scale(request, linear_opinions, small, B, M, K, cosine, normalize):
+def test_the_linear_opinion_at_clip_s_scale(request, linear_sums, small, B, M, K, cosine, normalize):
     """Where a product over prompts would overflow it begins anew; where a prompt's evidence would, the sweep has it."""
     if small:
         request.getfixturevalue("small_blocks")
-    noise, text = features(B, M, K, 6, per_prompt=M == 3)
-    first = torch.eye(6, dtype=f64)[0]
-    image = F.normalize(first + 0.01 * noise, dim=-1)
-    across = F.normalize(text - (text @ first).unsqueeze(-1) * first, dim=-1)
-    along = cosine * torch.linspace(1, 0.5, K, dtype=f64).unsqueeze(-1)  # with every image, nearly: this cosine to half
-    text = along * first + (1 - along**2).sqrt() * across
+    image, text = features_at_a_cosine(B, M, K, cosine)
 
     def run(dtype, backend):
         kwargs = {"scale": 100.0, "normalize": normalize, "backend": backend}
@@ -608,12 +612,64 @@ def test_the_linear_opinion_at_clip_s_scale(request, linear_opinions, small, B, 
 
     truth, plain, linear = run(f64, "reference"), run(torch.float32, "reference"), run(torch.float32, "blocked")
     if B:
-        assert (linear_opinions[0] is None) == (cosine == 0.99)
+        assert (linear_sums[0] is None) == (cosine == 0.99)
         assert (truth[1].max() > 88) == (M * cosine > 0.9)  # e^88 is about the largest float32
     for exact, a, b in zip(truth, plain, linear, strict=True):
         assert a.shape == b.shape == exact.shape
         if B:
             assert (b - exact).abs().max() <= 2 * (a - exact).abs().max() + 2e-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(("B", "M", "K"), [(5, 1, 1), *SIZES[1:]])
+@pytest.mark.parametrize("cosine", [-1.0, 0.0, 0.3, 0.59, 0.68, 0.99])
+@pytest.mark.parametrize("fused_weight", [0.0, 1.0])
+def test_a_loss_and_its_gradients_in_linear_space(request, monkeypatch, small, B, M, K, cosine, fused_weight):
+    """Until evidence nears e^60, which the row sums tell, they are made of it, and as exact as of logarithms."""
+    if small:
+        request.getfixturevalue("small_blocks")
+    image, text = features_at_a_cosine(B, M, K, cosine)
+    target = torch.arange(B) % K
+    bounds, linear_bounds = [], blocked.linear_bounds
+
+    def run(dtype, backend="blocked"):
+        inputs = [x.to(dtype).requires_grad_() for x in (image, text, torch.full((M,), 100.0), torch.zeros(M))]
+        x, t, s, b = inputs
+        kwargs = {"scale": s, "bias": b, "fused_weight": fused_weight, "backend": backend}
+        loss = evidential_cross_entropy(x, t, target, **kwargs)
+        return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+    truth = run(f64, "reference")
+    monkeypatch.setattr(blocked, "linear_bounds", lambda *given: bounds.append(linear_bounds(*given)) or bounds[-1])
+    for exact, a in zip(truth, run(f64), strict=True):
+        torch.testing.assert_close(a, exact, rtol=1e-9, atol=1e-11)
+    linear = run(torch.float32)
+    assert len(bounds) == 2 and {given is None for given in bounds} == {cosine > 0.6}
+    monkeypatch.setattr(blocked, "linear_bounds", lambda *given: None)
+    for exact, a, b in zip(truth, run(torch.float32), linear, strict=True):
+        rounding = 5e-6 * exact.abs().max().clamp_min(1)  # of a row sum's logarithm near 60
+        assert (b - exact).abs().max() <= 2 * (a - exact).abs().max() + rounding
+
+
+@pytest.mark.parametrize(("B", "M", "K"), SIZES[1:])
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+@pytest.mark.parametrize("weights", [{}, {"fused_weight": 0.0}, {"prompt_weight": 0.0}])
+def test_linear_space_and_logarithms_give_the_same_gradients(small_blocks, monkeypatch, B, M, K, scale, weights):
+    image, text = (x.requires_grad_() for x in features(B, M, K, 6, per_prompt=M == 3))
+    target = torch.arange(B) % K
+
+    def gradients():
+        opinion = fused_opinion(image, text, scale=scale, backend="blocked")
+        loss = evidential_cross_entropy(image, text, target, scale=scale, backend="blocked", **weights)
+        total = loss + opinion.prob.square().sum() + opinion.prompt_log_partition.sum()
+        return torch.autograd.grad(total, (image, text))
+
+    linear = gradients()
+    calls = []
+    monkeypatch.setattr(blocked, "linear_space", lambda *given: bool(calls.append(1)))
+    for a, b in zip(linear, gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert len(calls) == 4  # twice forward, twice backward
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
