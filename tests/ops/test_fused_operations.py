@@ -22,7 +22,7 @@ from cdc_ops import (
     fused_opinion,
     fused_topk,
 )
-from cdc_ops.backends import blocked, blocks
+from cdc_ops.backends import block_slopes, block_sums, blocks
 
 BACKENDS = ["reference", "blocked"]
 ACTIVATIONS = ["exp", "softplus", "relu"]
@@ -557,14 +557,14 @@ def test_compiles_without_a_graph_break(backend):
 
 @pytest.fixture
 def linear_sums(monkeypatch):
-    """What blocked.linear_sums returned, call for call."""
-    returned, linear_sums = [], blocked.linear_sums
+    """What block_sums.linear_sums returned, call for call."""
+    returned, linear_sums = [], block_sums.linear_sums
 
     def recorded(*given):
         returned.append(linear_sums(*given))
         return returned[-1]
 
-    monkeypatch.setattr(blocked, "linear_sums", recorded)
+    monkeypatch.setattr(block_sums, "linear_sums", recorded)
     return returned
 
 
@@ -581,7 +581,7 @@ def test_the_linear_opinion_is_the_sweep_s_bit_by_bit(request, monkeypatch, line
     kwargs = {"scale": torch.linspace(3, 20, M), "bias": bias and torch.linspace(-2, 1, M), "backend": "blocked"}
     linear = opinion_parts(fused_opinion(image, text, **kwargs))
     assert len(linear_sums) == 1 and linear_sums[0] is not None
-    monkeypatch.setattr(blocked, "linear_sums", lambda *given: None)
+    monkeypatch.setattr(block_sums, "linear_sums", lambda *given: None)
     swept = opinion_parts(fused_opinion(image, text, **kwargs))
     for a, b in zip(linear, swept, strict=True):
         assert torch.equal(a, b)
@@ -630,7 +630,7 @@ def test_a_loss_and_its_gradients_in_linear_space(request, monkeypatch, small, B
         request.getfixturevalue("small_blocks")
     image, text = features_at_a_cosine(B, M, K, cosine)
     target = torch.arange(B) % K
-    bounds, linear_bounds = [], blocked.linear_bounds
+    bounds, linear_bounds = [], block_slopes.linear_bounds
 
     def run(dtype, backend="blocked"):
         inputs = [x.to(dtype).requires_grad_() for x in (image, text, torch.full((M,), 100.0), torch.zeros(M))]
@@ -640,12 +640,14 @@ def test_a_loss_and_its_gradients_in_linear_space(request, monkeypatch, small, B
         return loss.detach(), *torch.autograd.grad(loss, inputs)
 
     truth = run(f64, "reference")
-    monkeypatch.setattr(blocked, "linear_bounds", lambda *given: bounds.append(linear_bounds(*given)) or bounds[-1])
+    monkeypatch.setattr(
+        block_slopes, "linear_bounds", lambda *given: bounds.append(linear_bounds(*given)) or bounds[-1]
+    )
     for exact, a in zip(truth, run(f64), strict=True):
         torch.testing.assert_close(a, exact, rtol=1e-9, atol=1e-11)
     linear = run(torch.float32)
     assert len(bounds) == 2 and {given is None for given in bounds} == {cosine > 0.6}
-    monkeypatch.setattr(blocked, "linear_bounds", lambda *given: None)
+    monkeypatch.setattr(block_slopes, "linear_bounds", lambda *given: None)
     for exact, a, b in zip(truth, run(torch.float32), linear, strict=True):
         rounding = 5e-6 * exact.abs().max().clamp_min(1)  # of a row sum's logarithm near 60
         assert (b - exact).abs().max() <= 2 * (a - exact).abs().max() + rounding
@@ -666,7 +668,8 @@ def test_linear_space_and_logarithms_give_the_same_gradients(small_blocks, monke
 
     linear = gradients()
     calls = []
-    monkeypatch.setattr(blocked, "linear_space", lambda *given: bool(calls.append(1)))
+    for module in (block_sums, block_slopes):
+        monkeypatch.setattr(module, "linear_space", lambda *given: bool(calls.append(1)))
     for a, b in zip(linear, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     assert len(calls) == 4  # twice forward, twice backward
