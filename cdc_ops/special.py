@@ -10,7 +10,9 @@ Everything here is elementwise or a row sum, differentiable, works in any float 
 data-dependent control flow, so ``torch.compile(fullgraph=True)`` and fake tensors are fine with it.
 """
 
+import functools
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,23 @@ SHIFT = 30.0
 SERIES_FROM = 16.0
 #: Bernoulli numbers B_2, B_4, ... B_14.
 BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6)
+
+
+@functools.cache
+def map_constants(process: int) -> None:
+    """Let a CPU with AVX-512 take ``log1p``, ``expm1`` and ``softplus`` at their own speed; once in a process.
+
+    The last step of PyTorch's ``log1p`` loads the constant -0.0 for those of 16 numbers that are -0.0, usually none. As
+    long as nobody has read the page of memory that holds it, a load for none takes the CPU hundreds of cycles, only to
+    find that it need not fault: the page stays unread, and ``log1p`` takes ten times its time. One logarithm of -0.0
+    reads the page. Measured by ``benches/log1p_page.py``.
+    """
+    zero = torch.full((64,), -0.0, dtype=torch.float32, device="cpu")
+    torch.log1p(zero)
+    torch.expm1(zero)
+
+
+map_constants(os.getpid())
 
 
 def softplus(x: Tensor) -> Tensor:

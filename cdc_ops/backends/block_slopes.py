@@ -248,11 +248,11 @@ def linear_fused_slope(slopes: RowSlopes, rows: slice, columns: slice, place: Pl
         if reached + bound < blocks.limit:
             q, reached = torch.add(q, torch.addcmul(v, v, q, out=step), out=out), reached + bound
             continue
-        part = blocks.log1p_(q.clone(), idle=True)
+        part = q.log1p()
         q, reached, log = v, bound, part if log is None else log.add_(part)
     if log is None and bounds[-1] < LARGEST:
         return slopes.times(fused, rows, place, torch.add(q, 1, out=out).unsqueeze(0))
-    log_ratio = blocks.log1p_(out.copy_(q) if q is not out else q, idle=True)
+    log_ratio = torch.log1p(q, out=out)
     if log is not None:
         log_ratio.add_(log)
     block = Block(log_ratio.unsqueeze(0), LOG1P)

@@ -248,7 +248,7 @@ def linear_sums(
                         continue
                     reached += bound  # no ln(1 + q) is larger
                     if q is not None and reached >= blocks.limit:
-                        log = blocks.log1p_(q.clone(), False) if log is None else log.add_(blocks.log1p_(q, False))
+                        log = q.log1p() if log is None else log.add_(q.log1p_())
                         q, reached = out.copy_(v), bound
                     else:
                         q = v if q is None else torch.add(q, v.addcmul_(v, q), out=out)
@@ -257,7 +257,7 @@ def linear_sums(
             if out is not None:
                 here = out.sum(-1)
                 if log_ratio is not None or log is not None:
-                    blocks.log1p_(out, idle=True)
+                    out.log1p_()
                 if log is not None:
                     here = Block(out.add_(log), LOG1P).log_sum(spare=log)
                 elif not known:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cdc_ops.backends import Problem
-from cdc_ops.special import log_alpha_ratio, softplus
+from cdc_ops.special import log_alpha_ratio, map_constants, softplus
 
 BLOCK_ROWS = 256
 BLOCK_COLUMNS = 1024
@@ -30,9 +31,6 @@ EPS = 1e-12
 
 #: A block of logits kept between calls: touching fresh memory costs a CPU more than any step of the epilogue.
 _idle: dict[torch.dtype, Tensor] = {}
-
-#: Blocks of fewer numbers gain nothing from a ``log1p`` in several passes.
-FEW = 8192
 
 LINEAR, LOG, LOG1P = "v", "ln v", "ln(1 + v)"
 
@@ -50,24 +48,6 @@ def exp_(x: Tensor) -> Tensor:
 def exp2_(x: Tensor) -> Tensor:
     """``2^x`` in place, likewise."""
     return x.clamp_(min=math.log2(torch.finfo(x.dtype).tiny) + 1e-3).exp2_()
-
-
-def log1p_(q: Tensor, spare: Tensor) -> Tensor:
-    """``ln(1 + q)`` in place for q [b, k] >= 0, exact for tiny q too. spare: memory that may be written over.
-
-    PyTorch's own is a single pass, but on some CPUs four times as long as all of these; the correction is Kahan's: what
-    rounding took from ``u = 1 + q``, over u.
-    """
-    rows = spare.numel() // (2 * q.shape[1]) if q.device.type == "cpu" else 0
-    if rows == 0 or q.numel() < FEW:
-        return q.log1p_()
-    for part in q.split(rows):
-        size = part.numel()
-        u, rest = spare[:size].view(part.shape), spare[size : 2 * size].view(part.shape)
-        torch.add(part, 1, out=u)
-        torch.sub(part, torch.sub(u, 1, out=rest), out=rest)
-        torch.log(u, out=part).addcdiv_(rest, u)
-    return q
 
 
 class Block(NamedTuple):
@@ -214,6 +194,7 @@ class Blocks:
         again: bool = False,
     ) -> None:
         self.problem, self.image = problem, image
+        map_constants(os.getpid())
         self.B, self.M, self.K = problem.sizes
         self.log_w = math.log(problem.prior_weight)
         numbers = tuple(problem.scale.tolist()), None if problem.bias is None else tuple(problem.bias.tolist())
@@ -238,7 +219,6 @@ class Blocks:
             self._constants = (problem.bias - subtracted).mul_(self.unit).view(-1, 1, 1).chunk(n)
         each_image = image.expand(self.M, *image.shape) if image.dim() == 2 else image.transpose(0, 1)
         self._images = each_image.chunk(n)
-        self._linear = linear
         self._memory: dict[str, Tensor] = {}
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # popping from a dict is atomic: no two threads, and no two problems in one thread, share a block
@@ -270,13 +250,6 @@ class Blocks:
                 self._memory[name] = self._take(size)  # the first block is the largest
             self._buffers[key] = self._memory[name][:size].view(sizes)
         return self._buffers[key]
-
-    def log1p_(self, q: Tensor, idle: bool) -> Tensor:
-        """``ln(1 + q)`` in place for a block [b, k]. idle: whether the prompts' logits are used up, to lend memory."""
-        if idle:
-            return log1p_(q, self._memory["logits"])
-        # two blocks, which a step in log space may take; or a quarter of that, for a quarter of the rows at a time
-        return log1p_(q, self.buffer("spare", slice(0, math.ceil(q.numel() / 2) if self._linear else 2 * q.numel())))
 
     def _take(self, size: int) -> Tensor:
         """Memory that an earlier call left, as far as it goes, then new memory."""
@@ -405,7 +378,7 @@ class Fusion:
         """Move the linear part into the logarithmic one."""
         if self.linear is not None:
             q = self.linear.values if self.log is not None else self.linear.values.clone()
-            self._add_log(self.blocks.log1p_(q, idle=False) if self.dempster else q.log_())
+            self._add_log(q.log1p_() if self.dempster else q.log_())
             self.linear = None
 
     def block(self) -> Block:
@@ -419,6 +392,6 @@ class Fusion:
     def log_ratio(self) -> Tensor:
         """``l = ln(1 + v)`` [b, k], in ``out``; ends the fusion."""
         if self.log is None:
-            return self.blocks.log1p_(self.out, idle=True)
+            return self.out.log1p_()
         self._retire()
         return self.out.copy_(self.log if self.dempster else softplus(self.log))

@@ -1,7 +1,6 @@
 """fused_opinion, fused_topk and evidential_cross_entropy: every backend against float64 and the plain formulas."""
 
 import itertools
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -709,21 +708,3 @@ def test_gradients_of_features_shorter_than_the_floor(per_prompt):
         cosine = F.cosine_similarity(x.flatten(0, -2), g.flatten(0, -2), dim=-1, eps=0).abs()
         short = torch.linalg.vector_norm(x, dim=-1).flatten() < 1e-12
         assert cosine[short].max() > 0.01 and cosine[~short].max() < 1e-6
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, f64])
-@pytest.mark.parametrize("spare", [0, 200, 1000, 2 * 64 * 200])  # no row of 200 twice, none, two at a time, all
-def test_log1p_in_several_passes(dtype, spare):
-    info = torch.finfo(dtype)
-    ends = math.log2(info.tiny) + 1, math.log2(info.max) - 1
-    exponents = torch.linspace(*ends, 64 * 198, dtype=f64)
-    q = torch.zeros(64, 202, dtype=dtype)[:, 1:-1]  # not contiguous; 0 too
-    q[:, 1:-1] = torch.exp2(exponents).to(dtype).view(64, 198)
-    right = torch.log1p(q.to(f64))
-    assert q.numel() >= blocks.FEW
-    before = q.clone()
-    got = blocks.log1p_(q, torch.full((spare,), torch.nan, dtype=dtype))
-    assert got.data_ptr() == q.data_ptr()
-    assert (got[before == 0] == 0).all()
-    error = (got.to(f64) - right).abs() / right.clamp_min(info.tiny)
-    assert error.max() < 2 * info.eps
