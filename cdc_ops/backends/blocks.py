@@ -157,7 +157,8 @@ def reach(
     dtype: torch.dtype, normalize: bool,
 ) -> Reach:  # fmt: skip
     """The reach of prompts with these scales and biases; terms: of the sums that must not overflow."""
-    limit = math.log(torch.finfo(dtype).max) - math.log(terms) - 1
+    # log1p of more than 1e38 (float64: 1e307) is inf with a SLEEF of before November 2024 (its issue 473)
+    limit = math.log(torch.finfo(dtype).max) - math.log(terms) - 3
     if not normalize:
         return Reach(limit, None, True)
     exp = activation == "exp"
