@@ -4,7 +4,7 @@ Rank r holds the text features [M, K_r, D] of its own classes, any number of the
 rank, are the K classes. Image features, scale, bias and target are the same on every rank. To an opinion a shard adds
 one log partition, or a few row sums, and that is all ranks tell each other. Numbers sent by each rank:
 
-    every call                  how many classes it holds, and what must agree          11
+    every call                  how many classes it holds, and what must agree          22
     fused_opinion               log partitions of the prompts and the fused opinion     B (M + 1)
     fused_topk                  the same; log ratios and indices of its best k          B (M + 1 + 2 k)
     evidential_cross_entropy    two to four row sums of the prompts and the fused one   2 B (M + 1) to 4 B (M + 1)
@@ -31,6 +31,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -120,8 +121,20 @@ class Claim(NamedTuple):
     features: int = 0
     text_dtype: int = 0
     gradients: int = 0
-    options: int = 0
     target: int = 0
+    # fingerprints of numbers and names
+    scale: int = 0
+    bias: int = 0
+    activation: int = 0
+    rule: int = 0
+    prior_weight: int = 0
+    normalize: int = 0
+    k: int = 0
+    form: int = 0
+    kl_weight: int = 0
+    prompt_weight: int = 0
+    fused_weight: int = 0
+    reduction: int = 0
 
 
 #: What is said where ranks claim different things, and {} what they claim.
@@ -133,13 +146,22 @@ AGREE = {
     "features": "text must have the same feature size D on every rank; got {}",
     "text_dtype": "text must have the same dtype on every rank; got {}",
     "gradients": "image, text, scale and bias must require gradients on every rank or on none; got both",
-    "options": "numbers and names among the arguments must be the same on every rank; got different ones",
     "target": "target must hold the same classes on every rank; got different ones",
 }
+#: The arguments of :func:`make_problem` after image and text.
+ARGUMENTS = ("scale", "bias", "activation", "rule", "prior_weight", "normalize")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def claim(problem: Problem, classes: int, target: Tensor | None, options: object) -> Claim:
+def fingerprint(option: object) -> int:
+    """Of a number or a name; 1 and 1.0 are the same number, and all tensors alike: of those shapes must agree."""
+    if isinstance(option, Tensor):
+        return 0
+    number = isinstance(option, Real) and not isinstance(option, bool)
+    return 1 + zlib.crc32(repr(float(option) if number else option).encode())  # type: ignore[arg-type]
+
+
+def claim(problem: Problem, classes: int, target: Tensor | None, options: dict[str, object]) -> Claim:
     """Of arguments that are right by themselves."""
     tensors = problem.image, problem.text, problem.scale, problem.bias
     learned = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in tensors]
@@ -152,13 +174,13 @@ def claim(problem: Problem, classes: int, target: Tensor | None, options: object
         features=problem.text.shape[2],
         text_dtype=DTYPES.index(problem.text.dtype),
         gradients=sum(2**i for i, yes in enumerate(learned) if yes),
-        options=zlib.crc32(repr(options).encode()),
         target=0 if target is None else checks.fingerprint(target),
+        **{name: fingerprint(option) for name, option in options.items()},
     )
 
 
-def agree(claims: list[Claim]) -> None:
-    """All ranks accept their arguments and claim the same, or a ValueError, on every rank."""
+def agree(claims: list[Claim], rank: int, options: dict[str, object]) -> None:
+    """All ranks accept their arguments and claim the same, or a ValueError, on every rank; options: of this one."""
     if refused := [rank for rank, c in enumerate(claims) if c.refused]:
         raise ValueError(f"the arguments were refused on rank {', '.join(map(str, refused))}; the error there says why")
     for name, sentence in AGREE.items():
@@ -166,6 +188,11 @@ def agree(claims: list[Claim]) -> None:
         if len(set(values)) > 1:
             values = [DTYPES[v] for v in values] if name.endswith("dtype") else values
             raise ValueError(sentence.format(", ".join(map(str, values)) + " on ranks 0, 1, .."))
+    for name, option in options.items():
+        others = [str(r) for r, c in enumerate(claims) if getattr(c, name) != getattr(claims[rank], name)]
+        if others:
+            here = f"{checks.came(option)} on rank {rank}"
+            raise ValueError(f"{name} must be the same on every rank; got {here}, and not on {', '.join(others)}")
     if not any(c.classes for c in claims):
         raise ValueError("text must hold at least one class on some rank of the group; got none on any")
 
@@ -213,23 +240,26 @@ def make_shard(
     text: Tensor,
     arguments: tuple[Any, ...],
     backend: str | None,
-    options: Callable[[], object] = lambda: None,
+    options: dict[str, object] | None = None,
+    refuse: Callable[[], object] = lambda: None,
     targets: tuple[Tensor, ...] = (),
 ) -> Shard:
     """Check this rank's arguments, agree with the others, and find this rank's place among the classes.
 
-    arguments: the others of :func:`make_problem`, in its order; options: makes what else must be the same on every
-    rank, or refuses it; targets: one or none. What one rank refuses is an error on all: the others wait for this one.
+    arguments: the others of :func:`make_problem`, in its order; options: what else must be the same on every rank;
+    refuse: raises a ValueError if one of those is wrong; targets: one or none. What one rank refuses is an error on
+    all: the others wait for this one.
     """
     check_group(group)
     empty = isinstance(text, Tensor) and text.dim() == 3 and text.shape[1] == 0
     mine, refusal, target = Claim(refused=1), None, None
+    alike = dict(zip(ARGUMENTS, arguments, strict=True)) | (options or {})
     try:
         problem = make_problem(image, F.pad(text, (0, 0, 0, 1)) if empty else text, *arguments)
         for given in targets:
             target = checks.class_indices(given, [len(image)], image.device)
         choose(backend, problem)
-        alike = [x for x in arguments if not isinstance(x, Tensor)], options()
+        refuse()
         mine = claim(problem, 0 if empty else text.shape[1], target, alike)
     except ValueError as error:
         refusal = error  # raised when the other ranks, which wait for this one, know
@@ -237,9 +267,10 @@ def make_shard(
     claims = [Claim(*values) for values in exchange(torch.tensor(mine, device=device), group).tolist()]
     if refusal is not None:
         raise refusal
-    agree(claims)
+    rank = dist.get_rank(group)
+    agree(claims, rank, alike)
     sizes = [c.classes for c in claims]
-    rank, K = dist.get_rank(group), sum(sizes)
+    K = sum(sizes)
     first, size = sum(sizes[:rank]), sizes[rank]
     if target is not None:
         here = checks.target(target, [len(image)], K, image.device) - first
@@ -391,7 +422,7 @@ def fused_topk(
     """
     arguments = scale, bias, activation, rule, prior_weight, normalize
     with torch.no_grad(), full_precision(getattr(image, "device", torch.device("cpu"))):
-        shard = make_shard(group, image, text, arguments, backend, lambda: k)
+        shard = make_shard(group, image, text, arguments, backend, {"k": k})
         checks.how_many("k", k, shard.problem.classes)
         chosen = choose(backend, shard.problem)
         here = min(k, shard.problem.text.shape[1])
@@ -450,10 +481,18 @@ def evidential_cross_entropy(
     """
     arguments = scale, bias, activation, rule, prior_weight, normalize
 
-    def loss_form() -> LossForm:
-        return make_loss_form(form, kl_weight, prompt_weight, fused_weight, reduction)
+    options: dict[str, Any] = {
+        "form": form,
+        "kl_weight": kl_weight,
+        "prompt_weight": prompt_weight,
+        "fused_weight": fused_weight,
+        "reduction": reduction,
+    }
 
-    shard = make_shard(group, image, text, arguments, backend, lambda: (loss_form(), reduction), (target,))
+    def loss_form() -> LossForm:
+        return make_loss_form(**options)
+
+    shard = make_shard(group, image, text, arguments, backend, options, loss_form, (target,))
     loss = loss_form()
     assert shard.target is not None
     with full_precision(image.device):

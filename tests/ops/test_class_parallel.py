@@ -185,9 +185,21 @@ REFUSED = {
     "text of another dtype": (1, lambda a: a | {"text": a["text"].half()}, "text must have the same dtype .*float16"),
     "image of another dtype": (1, lambda a: a | {"image": a["image"].double()}, "image must have the same dtype"),
     "a gradient": (1, lambda a: a | {"text": a["text"].clone().requires_grad_()}, "must require gradients on every"),
-    "another rule": (0, lambda a: a | {"rule": "averaging"}, "numbers and names among the arguments"),
-    "another form": (0, lambda a: a | {"form": "log"}, "numbers and names among the arguments"),
-    "another prior": (1, lambda a: a | {"prior_weight": 3.0}, "numbers and names among the arguments"),
+    "another rule": (0, lambda a: a | {"rule": "averaging"}, "rule must be the same on every rank; got"),
+    "another form": (0, lambda a: a | {"form": "log"}, "form must be the same on every rank; got"),
+    "another prior": (1, lambda a: a | {"prior_weight": 3.0}, "prior_weight must be the same on every rank; got"),
+    "another weight": (
+        1,
+        lambda a: a | {"kl_weight": 0.5},
+        "kl_weight must be the same on every rank; got 0.[05] on rank",
+    ),
+    "another scale": (
+        0,
+        lambda a: a | {"scale": 4},
+        r"scale must be the same on every rank; got (4 on rank 0|3.0 on rank 1)",
+    ),
+    "a scale for each prompt": (0, lambda a: a | {"scale": torch.ones(2)}, "scale must be the same on every rank; got"),
+    "no bias": (1, lambda a: a | {"bias": 0.0}, "bias must be the same on every rank; got (None|0.0) on rank"),
     "other targets": (1, lambda a: a | {"target": a["target"].flip(0)}, "target must hold the same classes"),
     "targets out of range": (None, lambda a: a | {"target": a["target"] + 9}, r"class indices in \[0, 4\); got values"),
     "no target": (None, lambda a: a | {"target": None}, "target must be an integer tensor of shape .3.; got None"),
@@ -227,7 +239,7 @@ def refusals(rank, group):
             told[name] = "nothing"
         except ValueError as error:
             told[name] = str(error)
-        parallel.evidential_cross_entropy(**good)
+        parallel.evidential_cross_entropy(**good | {"kl_weight": (0, 0.0)[rank], "scale": (3, 3.0)[rank]})
     opinion = {name: value for name, value in good.items() if name != "target"}
     for k in (0, 5, 1.5):
         try:
@@ -358,7 +370,7 @@ def test_results_and_gradients_are_those_of_one_process(written, ranks):
 
 def test_what_is_sent(written):
     """Two ranks, float64, B = 4, M = 3, D = 5: log partitions or row sums, image-sized gradients, nothing else."""
-    B, M, D, claim, number = 4, 3, 5, ("allgather_", 11 * 8), 8
+    B, M, D, claim, number = 4, 3, 5, ("allgather_", 22 * 8), 8
     sums, partitions = ("allgather_", 2 * B * (M + 1) * number), ("allgather_", B * (M + 1) * number)
     prompts, weight = ("allgather_", B * M * number), ("allreduce_", B * M * number)
     gradients = ("allreduce_", (B * D + 2 * M) * number)
