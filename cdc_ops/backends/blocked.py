@@ -9,8 +9,8 @@ logarithms, backward M + 3, and 2 for each prompt at hand, or 3 for the weighted
 the prompts', as that of a single prompt, makes no fused one, forward or backward. In log space, or for an activation,
 one more and 3 more for each prompt at hand, with squares 4, for the KL term 17.
 The more a pass holds at once, the fewer classes a block gets: all of them together stay below [B, M, K], those of
-fused_topk below [B, K] (as long as K is a few hundred, so that K numbers are more than the row sums of an image, and
-but for the KL term of one prompt, whose blocks of 64 classes may hold more).
+fused_topk below [B, K], or below 4 MB where that is more (as long as K is a few hundred, so that K numbers are more
+than the row sums of an image, and but for the KL term of one prompt, whose blocks of 64 classes may hold more).
 
 Speed on a CPU comes from four things. A block stays in the cache between the matrix product and its
 epilogue. Two prompts are multiplied at once, one by each half of the threads. They are fused in linear space: one

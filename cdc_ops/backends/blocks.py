@@ -23,6 +23,8 @@ BLOCK_ROWS = 256
 BLOCK_COLUMNS = 1024
 #: Below this a block is not worth its overhead, nor its memory worth saving.
 LEAST_COLUMNS = 64
+#: Numbers that all blocks together may hold in any case (4 MB in float32): cutting up less saves nobody anything.
+FLOOR = 2**20
 #: A row of a block holds whole vectors of the CPU, which its matrix products like.
 VECTOR = 16
 LOG2_E = math.log2(math.e)
@@ -109,7 +111,8 @@ class Cut(NamedTuple):
 
 @functools.lru_cache
 def cut(B: int, M: int, K: int, held: int, each: int, whole: int) -> Cut:
-    """The largest blocks that stay below ``whole`` numbers together, where that is worth it; see :class:`Blocks`."""
+    """The largest blocks that stay below ``whole`` numbers together, or ``FLOOR``; no narrower than is worth it."""
+    whole = max(whole, FLOOR)
     rows = max(1, min(BLOCK_ROWS, B))
     # few images: wider blocks, so that each is worth its overhead
     most = BLOCK_COLUMNS * (BLOCK_ROWS // rows)
@@ -124,10 +127,9 @@ def cut(B: int, M: int, K: int, held: int, each: int, whole: int) -> Cut:
         return math.ceil(M / prompts) * math.ceil(K / columns(prompts))
 
     choices, large = [1], 2 * BLOCK_ROWS * BLOCK_COLUMNS
-    tiny = K <= LEAST_COLUMNS and (held + each * M) * rows * K <= large
-    if M >= 2 and (tiny or room(2) >= LEAST_COLUMNS):
+    if M >= 2 and room(2) >= min(K, LEAST_COLUMNS):
         choices.append(2)
-    if tiny or (M * rows * K <= large and room(M) >= K):
+    if M * rows * K <= large and room(M) >= K:
         choices.append(M)
     together = min(choices, key=products)
     return Cut(rows, columns(together), tuple(spans(M, together)))

@@ -33,7 +33,7 @@ f64 = torch.float64
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of at most 2 images by 3 classes, so that small problems have many, ragged at both edges."""
-    for name, value in {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 3, "LEAST_COLUMNS": 2, "VECTOR": 1}.items():
+    for name, value in {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 3, "LEAST_COLUMNS": 2, "VECTOR": 1, "FLOOR": 1}.items():
         monkeypatch.setattr(f"cdc_ops.backends.blocks.{name}", value)
     blocks.cut.cache_clear()  # it remembers
     yield
