@@ -54,16 +54,15 @@ class Place(NamedTuple):
         """The values [..., b, 1] at the positions."""
         return block.gather(-1, self.position.expand(*block.shape[:-1], 1))
 
-    def cut(self, block: Tensor) -> Tensor:
-        """The values [..., b, 1] at the positions, which are 0 then for targets that are inside."""
+    def cut(self, block: Tensor, value: float = 0.0) -> Tensor:
+        """The values [..., b, 1] at the positions; a number takes their place for targets that are inside."""
         kept = self.take(block)
-        block.scatter_(-1, self.position.expand_as(kept), kept.masked_fill(self.inside, 0.0))
+        block.scatter_(-1, self.position.expand_as(kept), kept.masked_fill(self.inside, value))
         return kept
 
-    def put(self, block: Tensor, value: Tensor | float) -> None:
-        """Write a number, or [..., b, 1], at the targets that are inside."""
+    def put(self, block: Tensor, value: Tensor) -> None:
+        """Write values [..., b, 1] at the targets that are inside."""
         old = self.take(block)
-        value = value if isinstance(value, Tensor) else torch.full_like(old, value)
         block.scatter_(-1, self.position.expand_as(old), torch.where(self.inside, value, old))
 
 
@@ -88,10 +87,9 @@ class Accumulator:
         classes = self.blocks.problem.classes
         place = Place.of(self.sums.target, rows, columns)
         if place is not None:
-            kept = place.take(block.values)
+            kept = place.cut(block.values, block.nothing)
             mine = Block(kept, block.kind).log_alpha(classes)
             put("log_target", torch.where(place.inside, mine, 0.0).squeeze(-1), torch.add)
-            place.put(block.values, block.nothing)
         if self.linear:
             put("sum", block.values.sum(-1), torch.add)
         else:
@@ -101,12 +99,12 @@ class Accumulator:
             if self.sums.kl:
                 share = kl_element(log_alpha + self.blocks.log_w)
                 if place is not None:
-                    place.put(share, 0.0)
+                    place.cut(share)
                 put("kl_sum", share.sum(-1), torch.add)
             if self.sums.square:
                 log_alpha.mul_(2)
                 if place is not None:
-                    place.put(log_alpha, -math.inf)
+                    place.cut(log_alpha, -math.inf)
                 put("log_square", torch.logsumexp(log_alpha, -1), torch.logaddexp)
         if place is not None:
             place.put(block.values, kept)
