@@ -122,7 +122,7 @@ class Claim(NamedTuple):
     text_dtype: int = 0
     gradients: int = 0
     target: int = 0
-    # fingerprints of numbers and names
+    # numbers that stand for numbers and names
     scale: int = 0
     bias: int = 0
     activation: int = 0
@@ -153,8 +153,8 @@ ARGUMENTS = ("scale", "bias", "activation", "rule", "prior_weight", "normalize")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def fingerprint(option: object) -> int:
-    """Of a number or a name; 1 and 1.0 are the same number, and all tensors alike: of those shapes must agree."""
+def as_number(option: object) -> int:
+    """What stands for a number or a name; 1 and 1.0 are alike, and so are all tensors: of those shapes must agree."""
     if isinstance(option, Tensor):
         return 0
     number = isinstance(option, Real) and not isinstance(option, bool)
@@ -175,7 +175,7 @@ def claim(problem: Problem, classes: int, target: Tensor | None, options: dict[s
         text_dtype=DTYPES.index(problem.text.dtype),
         gradients=sum(2**i for i, yes in enumerate(learned) if yes),
         target=0 if target is None else checks.fingerprint(target),
-        **{name: fingerprint(option) for name, option in options.items()},
+        **{name: as_number(option) for name, option in options.items()},
     )
 
 

@@ -58,7 +58,7 @@ def row_sums_backward(
     whole = (B - 1) * M * K  # beside the lengths of text, which were kept
     blocks = Blocks(problem, image, held, each, whole, logarithms=not linear, linear=linear, again=True)
     given: Any = (None if x is None else columns_of(x) for x in (*results, *g_results))
-    return gradients(blocks, RowSlopes(blocks, sums, bounds, *given), g_ratio, needs)
+    return gradients(RowSlopes(blocks, sums, bounds, *given), g_ratio, needs)
 
 
 def linear_bounds(problem: Problem, sums: Sums, total: Tensor, log_target: Tensor | None) -> tuple[float, ...] | None:
@@ -202,8 +202,9 @@ class FusedSlope(NamedTuple):
         return exp_(y - self.log_ratio).mul_(self.grad).sum(-1)
 
 
-def fused_slopes(blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, weights: Weights) -> Iterator[FusedSlope]:
+def fused_slopes(slopes: RowSlopes, g_ratio: Tensor | None, weights: Weights) -> Iterator[FusedSlope]:
     """Every block again, classes outside, images inside."""
+    blocks = slopes.blocks
     every, fused = slice(0, blocks.M), slice(blocks.M, blocks.M + 1)
     for columns in spans(blocks.K, blocks.columns):
         lengths = blocks.lengths(columns)
@@ -241,33 +242,25 @@ def linear_fused_slope(slopes: RowSlopes, rows: slice, columns: slice, place: Pl
     """Gradient [1, b, k] with respect to the log ratio of evidence v [M, b, k] fused by Dempster's rule; v is kept."""
     blocks, bounds = slopes.blocks, slopes.bounds
     assert bounds is not None
-    fused, out = slice(blocks.M, blocks.M + 1), blocks.place(rows, columns)
+    fused, fusion = slice(blocks.M, blocks.M + 1), Fusion(blocks, blocks.place(rows, columns))
     step = blocks.buffer("logits", blocks.groups[0], rows, columns)[0]
-    q, reached, log = values[0], bounds[0], None
-    for v, bound in zip(values[1:].unbind(), bounds[1:-1], strict=True):
-        if reached + bound < blocks.limit:
-            q, reached = torch.add(q, torch.addcmul(v, v, q, out=step), out=out), reached + bound
-            continue
-        part = q.log1p()
-        q, reached, log = v, bound, part if log is None else log.add_(part)
-    if log is None and bounds[-1] < LARGEST:
-        return slopes.times(fused, rows, place, torch.add(q, 1, out=out).unsqueeze(0))
-    log_ratio = torch.log1p(q, out=out)
-    if log is not None:
-        log_ratio.add_(log)
-    block = Block(log_ratio.unsqueeze(0), LOG1P)
+    for v, bound in zip(values.unbind(), bounds[:-1], strict=True):
+        fusion.add_linear(v, bound, step)
+    if fusion.log is None and fusion.linear is not None and bounds[-1] < LARGEST:
+        return slopes.times(fused, rows, place, torch.add(fusion.linear, 1, out=fusion.out).unsqueeze(0))
+    block = Block(fusion.log_ratio().unsqueeze(0), LOG1P)
     return slopes.at(fused, rows, place, block, block.values)
 
 
 class Confidence:
     """The weighted rule's own gradient: its weights, where not given, depend on every prompt's uncertainty."""
 
-    def __init__(self, blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None) -> None:
-        log_partition = sum_prompts(blocks).total()
+    def __init__(self, slopes: RowSlopes, g_ratio: Tensor | None) -> None:
+        log_partition = sum_prompts(slopes.blocks).total()
         weight = confidence_weight(log_partition, 1)
         self.weights = columns_of(weight)
         g_weight = torch.zeros_like(weight)
-        for fused in fused_slopes(blocks, slopes, g_ratio, self.weights):
+        for fused in fused_slopes(slopes, g_ratio, self.weights):
             for group in fused.groups:
                 y, _ = fused.log_evidence(group)
                 g_weight[fused.rows, group.prompts] += fused.by_weight(y).T
@@ -281,11 +274,9 @@ class Confidence:
         return exp_(y - self.log_partition[prompts, rows]).mul_(self.g_log_partition[prompts, rows])
 
 
-def gradients(
-    blocks: Blocks, slopes: RowSlopes, g_ratio: Tensor | None, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
+def gradients(slopes: RowSlopes, g_ratio: Tensor | None, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of image, text, scale, bias and weight. Each is summed in one fixed order: deterministic."""
-    problem = blocks.problem
+    blocks, problem = slopes.blocks, slopes.blocks.problem
     g_image = torch.zeros_like(blocks.image) if needs[0] else None
     # every block of classes is written first, then added to; without images nothing is
     fresh = torch.empty_like if blocks.B else torch.zeros_like
@@ -294,12 +285,12 @@ def gradients(
     g_bias = torch.zeros_like(problem.scale) if needs[3] else None
     g_weight = torch.zeros_like(problem.weight) if problem.weight is not None and needs[4] else None
     own_weights = problem.rule == "weighted" and problem.weight is None
-    confidence = Confidence(blocks, slopes, g_ratio) if own_weights else None
+    confidence = Confidence(slopes, g_ratio) if own_weights else None
     weights = fusion_weights(blocks) if confidence is None else confidence.weights
     # of text [M, k, D] for the current block of classes, but for what its length brings (where the dtype allows, inside
     # g_text), and sum_b <x_b, t> dL/dz_b [M, k], from which that follows
     g_here = along = None
-    for fused in fused_slopes(blocks, slopes, g_ratio, weights):
+    for fused in fused_slopes(slopes, g_ratio, weights):
         rows, columns, lengths = fused.rows, fused.columns, fused.lengths
         if g_text is not None and rows.start == 0:
             g_here = g_text[:, columns]

@@ -224,12 +224,12 @@ def linear_sums(
     for columns in spans(blocks.K, blocks.columns):
         groups = blocks.groups_at(columns, blocks.lengths(columns))
         for rows in spans(blocks.B, blocks.rows):
-            out = blocks.place(rows, columns, log_ratio) if fused else None
+            fusion = Fusion(blocks, blocks.place(rows, columns, log_ratio)) if fused else None
             place = Place.of(target, rows, columns)
-            q, log, reached, sums, kept = None, None, 0.0, [], []
+            sums, kept = [], []
             for group in groups:
                 product = blocks.product(group, rows, blocks.buffer("logits", group.prompts, rows, columns))
-                to = product if out is None or group.prompts != ONE else out.unsqueeze(0)
+                to = product if fusion is None or group.prompts != ONE else fusion.out.unsqueeze(0)
                 values = blocks.exponential(blocks.logits(group, product, to))
                 if place is not None:
                     kept.append(place.cut(values))
@@ -239,27 +239,21 @@ def linear_sums(
                 else:
                     whole = sums[-1] if place is None else sums[-1] + kept[-1].squeeze(-1)
                     bounds = whole.amax(-1).log1p_().tolist()
-                for v, bound in zip(values.unbind(), bounds, strict=True):
-                    if not bound < blocks.limit:  # also for nan
-                        return None
-                    if out is None:
-                        continue
-                    reached += bound  # no ln(1 + q) is larger
-                    if q is not None and reached >= blocks.limit:
-                        log = q.log1p() if log is None else log.add_(q.log1p_())
-                        q, reached = out.copy_(v), bound
-                    else:
-                        q = v if q is None else torch.add(q, v.addcmul_(v, q), out=out)
+                if not all(bound < blocks.limit for bound in bounds):  # also for nan
+                    return None
+                if fusion is not None:
+                    for v, bound in zip(values.unbind(), bounds, strict=True):
+                        fusion.add_linear(v, bound)
+                    fusion.keep()
             total = torch.cat(sums)
             prompts[rows.start] = total if columns.start == 0 else prompts[rows.start].add_(total)
-            if out is not None:
-                here = out.sum(-1)
-                if log_ratio is not None or log is not None:
-                    out.log1p_()
-                if log is not None:
-                    here = Block(out.add_(log), LOG1P).log_sum(spare=log)
-                elif not known:
-                    here.log_()
+            if fusion is not None:
+                if fusion.log is not None:
+                    here = Block(fusion.log_ratio(), LOG1P).log_sum(spare=fusion.log)
+                else:
+                    here = fusion.out.sum(-1) if known else fusion.out.sum(-1).log_()
+                    if log_ratio is not None:
+                        fusion.log_ratio()
                 before = last.get(rows.start)
                 last[rows.start] = here if before is None else (torch.add if known else torch.logaddexp)(here, before)
             if place is not None:

@@ -324,77 +324,79 @@ def log1p_exp(x: float) -> float:
 
 
 class Fusion:
-    """Folds one block after another into one. Dempster multiplies ``1 + v``, the other rules add ``weight v``.
+    """Folds one prompt after another into one block. Dempster multiplies ``1 + v``, the other rules add ``weight v``.
 
     As long as nothing can overflow, the product is kept as ``q = prod (1 + v) - 1`` by ``q <- q + v + q v``, exact
     for tiny evidence too. What would overflow is moved into a second part kept as a logarithm.
     """
 
     def __init__(self, blocks: Blocks, out: Tensor) -> None:
-        self.blocks, self.dempster = blocks, blocks.problem.rule == "dempster"
+        self.dempster = blocks.problem.rule == "dempster"
         # bounds that are known for every prompt rule out that all of them together overflow
         self.limit = blocks.limit if blocks.known_bounds is None else math.inf
         self.out = out  # [b, k] where the linear part will be
-        self.linear: Block | None = None
+        self.linear: Tensor | None = None
+        self.bound = 0.0  # no ln(1 + v) of the linear part is larger
         self.log: Tensor | None = None  # ln(1 + v) for Dempster, ln v for the others
 
     def add(self, block: Block, weights: Tensor | float) -> None:
         """Fold in blocks [g, b, k], whose values are used up. weights: [g, b, 1] or a number; Dempster has none."""
-        if self.dempster:
-            values = softplus(block.values) if block.kind == LOG else block.values
-        elif block.kind == LOG:
-            values = block.values + (torch.log(weights) if isinstance(weights, Tensor) else math.log(weights))
+        if block.kind == LINEAR:
+            values = block.values if self.dempster else block.values.mul_(weights)
+            for v in values.unbind():
+                self.add_linear(v, block.bound)
+        elif self.dempster:
+            self._add_logs(softplus(block.values))
         else:
-            values = block.values.mul_(weights)
-        for i in range(len(block.values)):
-            if block.kind == LOG:
-                self._add_log(values[i])
-            else:
-                self._add_linear(values[i], block.bound)
-        self._keep()
+            self._add_logs(block.values + (weights.log() if isinstance(weights, Tensor) else math.log(weights)))
+        self.keep()
 
-    def _add_linear(self, v: Tensor, bound: float) -> None:
-        if self.dempster and self.linear is not None and self.linear.bound + bound > self.limit:
+    def add_linear(self, v: Tensor, bound: float, step: Tensor | None = None) -> None:
+        """Fold in evidence [b, k], weighted already; used up, unless there is a block ``step`` to work in."""
+        if self.dempster and self.bound + bound >= self.limit:
             self._retire()
         if self.linear is None:
-            self.linear = Block(v, LINEAR, bound)
+            self.linear, self.bound = v, bound
             return
-        q = self.linear.values
-        if self.dempster:
-            torch.addcmul(v, v, q, out=v)
-        self.linear = Block(torch.add(q, v, out=self.out), LINEAR, self.linear.bound + bound)
+        more = torch.addcmul(v, v, self.linear, out=v if step is None else step) if self.dempster else v
+        self.linear, self.bound = torch.add(self.linear, more, out=self.out), self.bound + bound
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
         """Move a linear part that still lies in the prompts' blocks to where it stays."""
-        if self.linear is not None and self.linear.values.data_ptr() != self.out.data_ptr():
-            self.linear = self.linear._replace(values=self.out.copy_(self.linear.values))
+        if self.linear is not None and self.linear.data_ptr() != self.out.data_ptr():
+            self.linear = self.out.copy_(self.linear)
 
-    def _add_log(self, x: Tensor) -> None:
-        if self.log is None:
-            self.log = x
-        elif self.dempster:
-            self.log.add_(x)
-        else:
-            torch.logaddexp(self.log, x, out=self.log)
+    def _add_logs(self, logs: Tensor) -> None:
+        for x in logs.unbind():
+            if self.log is None:
+                self.log = x
+            elif self.dempster:
+                self.log.add_(x)
+            else:
+                torch.logaddexp(self.log, x, out=self.log)
 
     def _retire(self) -> None:
         """Move the linear part into the logarithmic one."""
-        if self.linear is not None:
-            q = self.linear.values if self.log is not None else self.linear.values.clone()
-            self._add_log(q.log1p_() if self.dempster else q.log_())
-            self.linear = None
+        if self.linear is None:
+            return
+        free = None if self.log is None else self.out  # what becomes the logarithmic part needs memory of its own
+        log = torch.log1p(self.linear, out=free) if self.dempster else torch.log(self.linear, out=free)
+        self._add_logs(log.unsqueeze(0))
+        self.linear = None
 
     def block(self) -> Block:
         """The fused evidence [b, k]."""
         if self.log is None and self.linear is not None:
-            return self.linear
+            return Block(self.linear, LINEAR, self.bound)
         self._retire()
         assert self.log is not None
         return Block(self.log, LOG1P if self.dempster else LOG)
 
     def log_ratio(self) -> Tensor:
         """``l = ln(1 + v)`` [b, k], in ``out``; ends the fusion."""
-        if self.log is None:
-            return self.out.log1p_()
+        if self.linear is not None and (self.dempster or self.log is None):
+            log_ratio = torch.log1p(self.linear, out=self.out)
+            return log_ratio if self.log is None else log_ratio.add_(self.log)
         self._retire()
+        assert self.log is not None
         return self.out.copy_(self.log if self.dempster else softplus(self.log))
