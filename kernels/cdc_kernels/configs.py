@@ -188,6 +188,12 @@ def architecture(device: torch.device) -> str:
     return "cuda90" if torch.cuda.get_device_capability(device) >= (9, 0) else "cuda80"
 
 
+@functools.cache
+def has_tf32(device: torch.device) -> bool:
+    """Whether Triton multiplies float32 as tf32 there: of AMD's devices on gfx942 alone."""
+    return not torch.version.hip or torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
+
+
 def default(kind: str, arch: str, itemsize: int) -> Config:
     """The default for features of 2 or 4 bytes."""
     return DEFAULTS[kind][arch][0 if itemsize == 2 else 1]
@@ -201,8 +207,13 @@ def autotuning() -> bool:
 def fastest(
     key: tuple[object, ...], choices: Sequence[Choice], launch: Callable[[Choice], object], device: torch.device
 ) -> Choice:
-    """The choice that ``launch`` runs in least time; remembered for the key while the process lives."""
+    """The choice that ``launch`` runs in least time; remembered for the key while the process lives.
+
+    While a CUDA graph is captured nothing can be timed: the first choice, unless the fastest is known.
+    """
     if key not in _tuned:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return choices[0]
         _tuned[key] = min(choices, key=lambda choice: _time(partial(launch, choice), device))
     return _tuned[key]
 

@@ -26,9 +26,11 @@ def fused_block(
     mask = i < total
     base = (i // K) * e_n + (i % K) * e_k
     state = leave_linear(tl.zeros((BLOCK,), tl.float32), RULE)
-    for m in range(0, M):
-        y, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
+    at = base  # counted on in 64 bits: m e_m need not fit 32
+    for _ in range(0, M):
+        y, l = prompt_state(e_ptr, at, mask, log_w)  # noqa: E741
         state = fuse(state, y, l, log_share, RULE)
+        at += e_m
     _, L = fused(state, RULE)
     return i, mask, base, L
 
@@ -51,12 +53,14 @@ def fuse_backward_kernel(
     i, mask, base, L = fused_block(e_ptr, M, K, total, e_n, e_m, e_k, log_w, log_share, RULE, BLOCK)
     g = tl.load(g_ptr + i, mask=mask, other=0.0)
     g = tl.where(top > L, g, 0.0)
-    for m in range(0, M):
-        _, l = prompt_state(e_ptr, base + m * e_m, mask, log_w)  # noqa: E741
+    at, to = base, (i // K) * M * K + i % K
+    for _ in range(0, M):
+        _, l = prompt_state(e_ptr, at, mask, log_w)  # noqa: E741
         if RULE == "dempster":  # noqa: SIM108 (a branch at compile time)
             # d e / d e_m = exp(L) / (1 + e_m / W)
             slope = tl.exp(tl.minimum(L, top) - l)
         else:
             slope = tl.exp(L * 0 + log_share)
-        at = ((i // K) * M + m) * K + i % K
-        tl.store(g_e_ptr + at, (g * slope).to(g_e_ptr.dtype.element_ty), mask=mask)
+        tl.store(g_e_ptr + to, (g * slope).to(g_e_ptr.dtype.element_ty), mask=mask)
+        at += e_m
+        to += K

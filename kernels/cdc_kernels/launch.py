@@ -101,7 +101,8 @@ class Inputs:
     def tf32(self) -> bool:
         """Whether PyTorch may multiply float32 features as tf32."""
         # not allow_tf32, which raises once a program has used the newer setting
-        return self.image.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        cuda = self.image.device.type == "cuda"
+        return cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" and configs.has_tf32(self.image.device)
 
 
 def log_of(x: float) -> float:
@@ -216,8 +217,9 @@ class Call:
         return self.image.dtype == torch.bfloat16 and not INTERPRETED
 
     def gradient_flags(self) -> dict[str, Any]:
-        """How tiles multiply gradients: bf16 as it is, float16 through tf32, float32 like the logits."""
-        through_tf32 = self.image.dtype == torch.float16 and not INTERPRETED
+        """How tiles multiply gradients: bf16 as it is, float16 through tf32 where there is one, float32 like logits."""
+        half = self.image.dtype == torch.float16 and not INTERPRETED
+        through_tf32 = half and configs.has_tf32(self.image.device)
         return {
             "HALF": "bf16" if self.half else "",
             "GRAD_PRECISION": "tf32" if through_tf32 else self.flags["PRECISION"],
@@ -565,7 +567,8 @@ def chunk_gradients(
         if call.image.dim() == 2:
             project(out.image[None], call.image[None], inverse[None], out.image[None])
         else:
-            project(out.image, call.image, inverse, out.image)
+            mine = out.image.transpose(0, 1)  # prompts outside: a grid may have any size along x alone
+            project(mine, call.image.transpose(0, 1), inverse.t(), mine)
 
 
 def project(g: Tensor, x: Tensor, inverse: Tensor, out: Tensor) -> None:

@@ -6,8 +6,8 @@ holds them to it); |f| is the true value:
     function            range                 maximum error
     log1p_unit(x)       0 .. 1                2e-7 |f|
     log1p(x)            0 .. 1e30             3e-7 |f|
-    expm1(x)            -100 .. 88            6e-7 |f|
-    softplus(x)         -87 .. 1e30           6e-7 |f|
+    expm1(x)            -100 .. 88            (6e-7 + 6e-8 |x|) |f|
+    softplus(x)         -87 .. 1e30           (6e-7 + 6e-8 |x|) |f|, for x < 0; else 6e-7 |f|
     log_expm1(x)        1e-30 .. 1e30         3e-7 max(|f|, 1)
     logaddexp(x, y)     -1e30 .. 1e30         6e-7 max(|f|, 1)
     lgamma(x)           1e-30 .. 1e30         4e-6 max(|f|, 1)
@@ -15,6 +15,7 @@ holds them to it); |f| is the true value:
     trigamma(x)         1e-19 .. 1e30         1e-6 |f|
     digamma_of_log(t)   exp(t) from 1e-30, t to 1e30      1e-6 max(|f|, 1)
 
+What grows with |x| is what a GPU's exp, a power of 2, makes of rounding x log2(e); the interpreter's has none of it.
 Below 1e-19 trigamma leaves float32 and is inf. ``NOTHING`` stands for ``ln 0``: a finite number, so that no
 difference of two of them is nan.
 

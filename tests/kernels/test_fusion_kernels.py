@@ -51,6 +51,18 @@ def test_evidence_is_fused_as_by_the_reference(batch, M, K, rule, size, dtype, l
     compare(e, lambda e, backend: fuse_evidence(e, dim, rule, 2.0, backend=backend))
 
 
+def test_prompts_further_apart_than_32_bits_count():
+    """[M, B, K] of 6 GB fused over its first dimension: here memory that is reserved and hardly touched."""
+    M, K, apart = 3, 5, 2**30 + 8
+    room = torch.empty(2 * apart + K, dtype=torch.float16, device=DEVICE)
+    e = room.as_strided((1, M, K), (K, apart, 1))
+    e.copy_(torch.arange(M * K).view(1, M, K) / 8)
+    torch.testing.assert_close(ops.fuse_evidence(e, "dempster", 2.0), fuse_evidence(e.float(), 1, "dempster", 2.0))
+    g = torch.ones(1, K, device=DEVICE)
+    mine = ops.fuse_evidence_backward(e, g, "cumulative", 2.0)
+    torch.testing.assert_close(mine, torch.ones_like(mine))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_discounted_before_fusion(rule):
     """Shafer's discounting is a pass of its own; a discounted opinion is fused by the kernel like any other."""

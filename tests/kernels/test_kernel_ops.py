@@ -27,6 +27,7 @@ from cdc_ops.dirichlet import RowSums, loss_from_row_sums  # noqa: E402
 from cdc_ops.special import kl_element  # noqa: E402
 
 both_paths = pytest.mark.parametrize("path", configs.PATHS)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU instead")
 
 
