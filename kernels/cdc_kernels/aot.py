@@ -93,7 +93,7 @@ SMALL_CASES: dict[str, dict[str, dict[str, Any]]] = {
 }
 #: The launcher makes a size of 1 a constant; a kernel must not take it for a tensor then.
 ONES = {"B", "M", "K", "D", "last", "tiles", "N"}
-INTEGERS = {"total", "N", "B", "M", "K", "D", "R", "first", "last", "tiles", "group"}
+INTEGERS = {"total", "N", "B", "M", "K", "D", "R", "first", "last", "tiles", "group", "span"}
 FLOATS = {"top", "kl_weight", "log_w", "log_share", "log_share_of_class", "log_others"}
 
 

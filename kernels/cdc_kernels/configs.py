@@ -67,6 +67,8 @@ DEFAULTS: dict[str, dict[str, tuple[Config, Config]]] = {
 for _kind in ("epilogue", "epilogue_kl", "slope", "slope_kl"):
     _loaded = {arch: Config(16, 64, 64, 0, 4 if arch == "hip" else 8, 1) for arch in ("cuda90", "cuda80", "hip")}
     DEFAULTS[_kind] = {arch: (config, config) for arch, config in _loaded.items()}
+#: So many programs keep a device busy (an H100 has 132 multiprocessors): work is split until there are about as many.
+PROGRAMS = 128
 #: Small tiles for the CPU interpreter: a program costs time by the operation, not by the number.
 INTERPRETER = Config(16, 16, 16, 32, 1, 1)
 #: Tried in turn when autotuning, beside the default.

@@ -427,7 +427,7 @@ def gradient_dot(a, b, acc, HALF: tl.constexpr, PRECISION: tl.constexpr):
 def image_kernel(
     x_ptr, t_ptr, scale_ptr, bias_ptr, xi_ptr, ti_ptr, weight_ptr, target_ptr,
     planes_ptr, ratio_ptr, g_ratio_ptr, g_image_ptr, g_rows_ptr,
-    B, M, K, D, first, last, group, x_b, x_m, t_m, t_k, xi_b, xi_m, ratio_b, g_ratio_b, gi_b, gi_m,
+    B, M, K, D, first, last, group, span, x_b, x_m, t_m, t_k, xi_b, xi_m, ratio_b, g_ratio_b, gi_s, gi_b, gi_m,
     log_w, log_share, log_share_of_class,
     FEATURES: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
     ACTIVATION: tl.constexpr, RULE: tl.constexpr, FUSED: tl.constexpr, G_RATIO: tl.constexpr,
@@ -438,13 +438,17 @@ def image_kernel(
 ):  # fmt: skip
     """Owns a tile of images (of ``group`` prompts: all for shared features, else one) and a slice of features.
 
-    Adds its share of classes first .. last when ADD. Rows [3, M, B]: the gradients of scale, bias and weight
-    before they are summed over images.
+    Few images are too few programs for a device: others own the next ``span`` classes (whole tiles) of first .. last,
+    each with a gradient of its own, [splits, ..], still to be summed up. Adds to that of earlier classes when ADD.
+    Rows [splits, 3, M, B]: the gradients of scale, bias and weight before they are summed over images.
     """
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_live = rows < B
     safe_rows = tl.minimum(rows, B - 1)
-    m0 = tl.program_id(1) * group
+    groups = tl.cdiv(M, group)
+    split = tl.program_id(1) // groups
+    m0 = (tl.program_id(1) % groups) * group
+    begin = first + split * span
     d = tl.program_id(2) * OUT_D + tl.arange(0, OUT_D)
     target = safe_rows
     if TARGET:
@@ -458,7 +462,7 @@ def image_kernel(
         by_scale = tl.zeros((BLOCK_B,), tl.float32)
         by_bias = tl.zeros((BLOCK_B,), tl.float32)
         by_weight = tl.zeros((BLOCK_B,), tl.float32)
-        for start in range(first, last, BLOCK_K):
+        for start in range(begin, tl.minimum(begin + span, last), BLOCK_K):
             cols = start + tl.arange(0, BLOCK_K)
             safe_cols = tl.minimum(cols, last - 1)
             live = row_live[:, None] & (cols < last)[None, :]
@@ -485,8 +489,8 @@ def image_kernel(
                 acc = gradient_dot(grad * (ti * scale)[None, :], t, acc, HALF, GRAD_PRECISION)
         along += by_scale * scale
         if ROWS and tl.program_id(2) == 0:
-            at = g_rows_ptr + m.to(tl.int64) * B + rows
             size = (m * 0 + M).to(tl.int64) * B
+            at = g_rows_ptr + split * 3 * size + m.to(tl.int64) * B + rows
             if ADD:
                 by_scale += tl.load(at, mask=row_live)
                 by_bias += tl.load(at + size, mask=row_live)
@@ -502,7 +506,13 @@ def image_kernel(
             along = tl.where(inverse * EPS < 1.0, along * inverse * inverse, 0.0)
             x_ptrs = x_ptr + m0.to(tl.int64) * x_m + safe_rows.to(tl.int64)[:, None] * x_b + d[None, :]
             acc -= along[:, None] * tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        at = g_image_ptr + rows.to(tl.int64)[:, None] * gi_b + m0.to(tl.int64) * gi_m + d[None, :]
+        at = (
+            g_image_ptr
+            + split.to(tl.int64) * gi_s
+            + rows.to(tl.int64)[:, None] * gi_b
+            + m0.to(tl.int64) * gi_m
+            + d[None, :]
+        )
         if ADD:
             acc += tl.load(at, mask=mask, other=0.0)
         tl.store(at, acc, mask=mask)

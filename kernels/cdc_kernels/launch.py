@@ -460,6 +460,12 @@ def tile_gradients(
         ratio = planes.new_empty((B, columns) if again else (1, 1))
     shared = call.image.dim() == 2
     slices = triton.cdiv(D, config.out)
+    # the image kernel: prompts of a program, programs along its three axes, and partial gradients [splits, ..]
+    features = out.image is not None
+    groups = 1 if shared and features else M
+    rows_grid, image_slices = triton.cdiv(B, config.images), slices if features else 1
+    splits = min(triton.cdiv(columns, config.classes), max(1, configs.PROGRAMS // (rows_grid * groups * image_slices)))
+    g_image, g_rows = (None if x is None else parts_of(x, splits) for x in (out.image, out.rows))
     for first in range(0, K, columns):
         last = min(first + columns, K)
         if again:
@@ -482,22 +488,30 @@ def tile_gradients(
             **call.tile(config),
             "OUT_D": config.out,
         }
-        if out.image is not None or out.rows is not None:
-            features = out.image is not None
-            groups = 1 if shared and features else M
-            image_kernel[(triton.cdiv(B, config.images), groups, slices if features else 1)](
-                g_image_ptr=call.dummy if out.image is None else out.image,
-                g_rows_ptr=call.dummy if out.rows is None else out.rows,
+        if g_image is not None or g_rows is not None:
+            image_kernel[(rows_grid, splits * groups, image_slices)](
+                g_image_ptr=call.dummy if g_image is None else g_image,
+                g_rows_ptr=call.dummy if g_rows is None else g_rows,
                 group=M // groups,
-                gi_b=0 if out.image is None else out.image.stride(0),
-                gi_m=0 if shared or out.image is None else out.image.stride(1),
+                span=triton.cdiv(triton.cdiv(last - first, config.classes), splits) * config.classes,
+                gi_s=0 if g_image is None else g_image.stride(0),
+                gi_b=0 if g_image is None else g_image.stride(1),
+                gi_m=0 if shared or g_image is None else g_image.stride(2),
                 FEATURES=features,
-                ROWS=out.rows is not None,
+                ROWS=g_rows is not None,
                 ADD=first > 0,
                 **common,
             )
         if out.text is not None:
             text_kernel[(triton.cdiv(last - first, config.classes), M, slices)](g_text_ptr=out.text, **common)
+    for whole, parts in ((out.image, g_image), (out.rows, g_rows)):
+        if whole is not None and parts is not None and splits > 1:
+            torch.sum(parts, 0, out=whole)
+
+
+def parts_of(whole: Tensor, splits: int) -> Tensor:
+    """Where so many parts [splits, ..] of a result are made: a single one is the result."""
+    return whole.unsqueeze(0) if splits == 1 else whole.new_empty((splits, *whole.shape))
 
 
 def chunk_gradients(

@@ -31,8 +31,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU instead")
 
 
+@pytest.fixture(autouse=True)
+def device():
+    """Every tensor where the kernels run."""
+    with torch.device(DEVICE):
+        yield
+
+
 def inputs(B=2, M=2, K=5, D=6, grad=True, bias=True):
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(DEVICE).manual_seed(0)
     x, t = torch.randn(B, D, generator=g), torch.randn(M, K, D, generator=g)
     scale, shift = torch.linspace(1, 3, M), torch.linspace(-1, 1, M) if bias else None
     inverse = 1 / x.norm(dim=-1), 1 / t.norm(dim=-1)
@@ -70,7 +77,7 @@ def test_opcheck_backward(path):
 def test_row_loss_of_far_opinions(form, kl_weight):
     """Every form over evidence from 1e-8 to e^100 on and off the target, against the reference in float64."""
     K, W = 5, 3.0
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(DEVICE).manual_seed(0)
     log_target, log_alpha = 60 * torch.randn(2, 400, generator=g), 60 * torch.randn(4, 400, generator=g)
     floor = torch.tensor(1 / K).log()  # alpha is never below W / K
     log_target, log_alpha = log_target[0].clamp_min(floor), log_alpha.clamp_min(floor)
@@ -173,7 +180,7 @@ def test_checkpointing_changes_nothing(use_reentrant):
 def test_autocast_changes_nothing():
     x, t, scale, bias, *_ = inputs(grad=False)
     right = fused_opinion(x, t, scale=scale, bias=bias, backend="triton")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         mine = fused_opinion(x, t, scale=scale, bias=bias, backend="triton")
     assert mine.log_ratio.dtype == torch.float32 and torch.equal(mine.log_ratio, right.log_ratio)
 
@@ -259,7 +266,7 @@ def test_targets_out_of_range(target):
         (5, torch.ones(2, 4), "text_inverse must have shape"),
         (6, torch.ones(2, 3), "weight must have shape"),
         (7, torch.tensor([0]), "target must have shape"),
-        (7, torch.zeros(2, dtype=torch.long, device="meta"), "target must have shape .* on cpu"),
+        (7, torch.zeros(2, dtype=torch.long, device="meta"), f"target must have shape .* on {DEVICE}"),
     ],
 )
 def test_operators_called_directly_refuse_what_does_not_fit(at, value, words):
@@ -323,7 +330,7 @@ def test_few_launches_for_a_small_problem(monkeypatch, K, opinion):
     row_loss = Counted(launch_small.row_loss_kernel, "row_loss", launches)
     monkeypatch.setattr(launch_small, "row_loss_kernel", row_loss)
     monkeypatch.setattr(launch, "INTERPRETER", configs.default("forward", "cuda90", 2))
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(DEVICE).manual_seed(0)
     x, t = torch.randn(4, 512, generator=g), torch.randn(4, K, 512, generator=g)
     mine = fused_opinion(x, t, scale=20.0, backend="triton")
     assert launches == opinion

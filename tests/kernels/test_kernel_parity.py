@@ -239,13 +239,24 @@ def test_classes_chunk_by_chunk(path):
     run_loss(Case(3, 2, 40, 5, rule="weighted", shared=False, path=path, cut=True))
 
 
+@pytest.mark.parametrize("programs", [1, 3, 7, 1000])
+def test_classes_of_few_images_are_split_over_programs(programs, monkeypatch):
+    """In parts of any number, some of which are empty, all classes at once or in chunks of three tiles."""
+    monkeypatch.setattr(configs, "PROGRAMS", programs)
+    run_loss(Case(3, 2, 140, 5), kl_weight=0.1)
+    monkeypatch.setattr(launch, "RATIO_NUMBERS", 3 * 16 * 3)
+    run_loss(Case(3, 2, 140, 5), form="mse")
+    run_loss(Case(3, 2, 140, 5, rule="weighted", shared=False))
+
+
 @pytest.mark.parametrize("needed", [[0], [1], [2], [3], [0, 2]])
 @both_paths
 def test_only_the_gradients_asked_for(needed, path, monkeypatch):
     case = Case(4, 2, 17, 5)
     inputs = case.inputs
     whole = case.leaves(None)
-    evidential_cross_entropy(*whole[:2], case.target, scale=whole[2], bias=whole[3], backend="triton").backward()
+    with along(path):
+        evidential_cross_entropy(*whole[:2], case.target, scale=whole[2], bias=whole[3], backend="triton").backward()
     some = [v.detach().requires_grad_(n in needed) for n, v in enumerate(inputs)]
     made = []
     gradients = launch.gradients
