@@ -105,7 +105,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> Row:
 #: and the bytes it holds.
 H100_FLOPS, H100_BYTES, H100_LINK, H100_MEMORY = 989e12, 3.35e12, 450e9, 80e9
 #: Bytes of cdc_kernels.configs.WORKSPACE, which holds a chunk of classes in the backward pass.
-WORKSPACE = 32 * 2**20
+WORKSPACE = 64 * 2**20
 
 
 def on_paper(B: int, M: int, K: int, D: int, ranks: int) -> dict[str, float]:
@@ -143,8 +143,8 @@ def paper() -> list[str]:
         "- moved, text: read for lengths, forward, logits again, image gradient and normalisation, 5 x 2 bytes; the "
         "gradient written and read in float32, 2 x 4, and written in bf16, 2: 20 M K D / N bytes.",
         "- moved, workspace: logits written, and read twice, in float32, their gradients written once and read twice "
-        "in bf16: 3 x 4 + 3 x 2 = 18 bytes of each of the B M K / N logits. A chunk fits the L2 cache of 50 MB; as "
-        "far as it stays there, this falls away.",
+        "in bf16: 3 x 4 + 3 x 2 = 18 bytes of each of the B M K / N logits. What of a chunk stays in the L2 cache of "
+        "50 MB need not be moved.",
         "- moved, image: after each chunk the gradients by M templates, [M, B, D] in float32, are written, read and "
         "added to their sum: 4 B D (2 M + 2) bytes a chunk. A class takes M (6 B + 4 D) bytes of the workspace, so "
         f"there are K M (6 B + 4 D) / N / {WORKSPACE / 2**20:.0f} MB chunks. In the L2 cache, too, as far as it holds.",

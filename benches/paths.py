@@ -54,14 +54,17 @@ def forward_calls(inputs: Inputs, interpreted: bool) -> dict[str, Call]:
     calls: dict[str, Call] = {path: partial(along_path(path, opinion), *inputs) for path in configs.PATHS}
     if interpreted or inputs.image.element_size() != 2:
         return calls
-    arch = configs.architecture(inputs.image.device)
+    arch, M = configs.architecture(inputs.image.device), len(inputs.text)
+    kind = configs.forward_kind(M, inputs.image.element_size())
 
     def tiles_of(config: configs.Config) -> Outputs:
-        with patch.dict(configs.DEFAULTS["forward"], {arch: (config, config)}):
+        with patch.dict(configs.DEFAULTS[kind], {arch: (config, config)}):
             return calls["tiles"]()
 
     for config in configs.CANDIDATES["forward"]:
-        tile = f"{config.images} x {config.classes} x {config.features}"
+        if M % config.prompts:
+            continue
+        tile = f"{config.images} x {config.prompts} {config.classes} x {config.features}"
         calls[f"tiles {tile}, {config.num_warps} warps, {config.num_stages} stages"] = partial(tiles_of, config)
     return calls
 

@@ -40,7 +40,7 @@ def test_on_paper():
     assert one["text"] == 2 * two["text"] == 2 * 4 * 10**7 * 512 and one["flops"] == 2 * two["flops"]
     assert one["sent"] == 0 and one["lengths"] == 2 * two["lengths"] == 160e6  # 4 M K
     assert one["moved workspace"] == 18 * 1024 * 4 * 10**7 and one["moved text"] == 20 * 4 * 10**7 * 512
-    chunks = 4 * 10**7 * (6 * 1024 + 4 * 512) / (32 * 2**20)
+    chunks = 4 * 10**7 * (6 * 1024 + 4 * 512) / (64 * 2**20)
     assert one["moved image"] == pytest.approx(chunks * 4 * 1024 * 512 * 10) and configs.WORKSPACE == classes.WORKSPACE
     assert two["sent"] == 8 * 1024 * 5 + 4 * (1024 * 512 + 8) == classes.on_paper(1024, 4, 10**6, 512, 2)["sent"]
     assert abs(classes.growth(2.0, 16.0, 4.0) - 1.5) < 1e-12

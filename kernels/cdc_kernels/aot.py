@@ -38,12 +38,14 @@ DTYPES = ("bf16", "fp16", "fp32")
 #: the second path read float32 products, and write gradients in bf16 or float32.
 FUSED = {
     "forward": (fused_opinion.forward_kernel, "forward", DTYPES),
+    "forward_2": (fused_opinion.forward_kernel, "forward_2", ("bf16",)),
+    "forward_4": (fused_opinion.forward_kernel, "forward_4", ("bf16",)),
     "image": (fused_opinion.image_kernel, "gradient", DTYPES),
     "text": (fused_opinion.text_kernel, "gradient", DTYPES),
     "epilogue": (fused_opinion.forward_kernel, "epilogue", ("fp32",)),
     "slope": (chunks.slope_kernel, "slope", ("bf16", "fp32")),
 }
-WITH_PRODUCTS = ("forward", "image", "text")
+WITH_PRODUCTS = ("forward", "forward_2", "forward_4", "image", "text")
 SMALL = {
     "finish": fused_opinion.finish_kernel,
     "project": chunks.project_kernel,
@@ -123,6 +125,7 @@ def source(kernel: str, case: str, dtype: str, arch: str) -> tuple[ASTSource, di
         flags = BASE | (MODES | VARIANTS)[case]
         config = DEFAULTS[kind + ("_kl" if flags["KL"] else "")][arch][1 if dtype == "fp32" else 0]
     constants: dict[str, Any] = {
+        "PROMPTS": config.prompts,
         "LOADED": kernel not in WITH_PRODUCTS,
         "HALF": "bf16" if dtype == "bf16" else "",
         "GRAD_PRECISION": "tf32" if dtype == "fp16" else "ieee",
@@ -213,16 +216,23 @@ def _read_amdgcn(text: str, instruction: str) -> tuple[int, int, int, int]:
     return metadata("vgpr_count"), metadata("private_segment_fixed_size"), count, every
 
 
+def exists(kernel: str, case: str) -> bool:
+    """Whether a fused kernel is used so: with KL prompts are taken one by one, and of one prompt there is no pair."""
+    flags = (MODES | VARIANTS)[case]
+    return kernel not in ("forward_2", "forward_4") or not (flags.get("KL") or flags.get("ONES"))
+
+
 def everything() -> Iterator[tuple[str, str, str, str]]:
     """Every kernel, case, dtype and target."""
     for target in TARGETS:
         for kernel, (_, _, dtypes) in FUSED.items():
             for case in MODES:
                 for dtype in dtypes:
-                    if dtype != "fp16" or case in FLOAT16_MODES:
+                    if exists(kernel, case) and (dtype != "fp16" or case in FLOAT16_MODES):
                         yield kernel, case, dtype, target
             for case in VARIANTS:
-                yield kernel, case, dtypes[0], target
+                if exists(kernel, case):
+                    yield kernel, case, dtypes[0], target
         for kernel, cases in SMALL_CASES.items():
             for case in cases:
                 yield kernel, case, "bf16" if kernel in ("project", "decoupling_backward") else "fp32", target

@@ -50,7 +50,7 @@ def slope_kernel(
             x_ptr, t_ptr, scale_ptr, bias_ptr, xi_ptr, ti_ptr, weight_ptr, planes_ptr, planes_ptr,
             safe_rows, row_live, safe_cols, live, is_target, has_target, tile, tiles, first,
             B, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m, log_w, log_share, log_share_of_class, log_w,
-            ACTIVATION, RULE, FUSED, False, False, TARGET, SQUARE, KL, LOADED,
+            ACTIVATION, RULE, FUSED, False, False, TARGET, SQUARE, KL, 1, LOADED,
             HAS_BIAS, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         L = log_ratio_of(state, bound, RULE)
@@ -63,7 +63,7 @@ def slope_kernel(
         cosine, xi, ti = cosine_tile(
             x_ptr, t_ptr, xi_ptr, ti_ptr, m, safe_rows, safe_cols, live, first, M, K, D,
             x_b, x_m, t_m, t_k, xi_b, xi_m,
-            LOADED, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
+            1, LOADED, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         scale, bias = prompt_constants(scale_ptr, bias_ptr, m, HAS_BIAS)
         grad, by_weight = prompt_slope_tile(

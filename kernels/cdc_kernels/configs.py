@@ -26,7 +26,11 @@ AUTOTUNE = "CDC_KERNELS_AUTOTUNE"
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of images, classes and features; ``out`` is the width of a gradient's tile; warps and stages."""
+    """Tile of images, classes and features; ``out`` is the width of a gradient's tile; warps and stages.
+
+    prompts: how many lie side by side in one product: 1, 2 or 4, and it divides M. One that sees the images' tile
+    once reads less for its flops; images must be the same for all of them then.
+    """
 
     images: int
     classes: int
@@ -34,15 +38,17 @@ class Config:
     out: int
     num_warps: int
     num_stages: int
+    prompts: int = 1
 
 
 Choice = tuple[str, Config]  # a path, and the configuration of its kernel that makes or reads the logits
 
 #: kind -> architecture -> (16-bit features, 32-bit features). KL needs registers for its gamma functions. Chosen
-#: so that no kernel spills much (benches/results/aot); speed on a device is still to be measured.
+#: so that products read little for their flops and spill nothing in their loop (benches/results/aot); speed on a device
+#: is still to be measured.
 DEFAULTS: dict[str, dict[str, tuple[Config, Config]]] = {
     "forward": {
-        "cuda90": (Config(128, 64, 64, 0, 8, 3), Config(64, 64, 32, 0, 8, 3)),
+        "cuda90": (Config(128, 128, 64, 0, 8, 3), Config(64, 64, 32, 0, 8, 3)),
         "cuda80": (Config(128, 64, 64, 0, 8, 3), Config(64, 64, 32, 0, 8, 3)),
         "hip": (Config(64, 64, 64, 0, 4, 2), Config(64, 64, 32, 0, 4, 2)),
     },
@@ -67,13 +73,32 @@ DEFAULTS: dict[str, dict[str, tuple[Config, Config]]] = {
 for _kind in ("epilogue", "epilogue_kl", "slope", "slope_kl"):
     _loaded = {arch: Config(16, 64, 64, 0, 4 if arch == "hip" else 8, 1) for arch in ("cuda90", "cuda80", "hip")}
     DEFAULTS[_kind] = {arch: (config, config) for arch, config in _loaded.items()}
+#: Two and four prompts in one product, of 16-bit features.
+_two = {
+    "cuda90": Config(128, 64, 64, 0, 8, 3, 2),
+    "cuda80": Config(128, 64, 64, 0, 8, 3, 2),
+    "hip": Config(64, 64, 64, 0, 4, 2, 2),
+}
+_four = {
+    "cuda90": Config(128, 64, 64, 0, 8, 3, 4),
+    "cuda80": Config(128, 32, 64, 0, 8, 3, 4),
+    "hip": Config(64, 32, 64, 0, 4, 2, 4),
+}
+for _kind, _packed in (("forward_2", _two), ("forward_4", _four)):
+    DEFAULTS[_kind] = {arch: (config, DEFAULTS["forward"][arch][1]) for arch, config in _packed.items()}
 #: So many programs keep a device busy (an H100 has 132 multiprocessors): work is split until there are about as many.
 PROGRAMS = 128
 #: Small tiles for the CPU interpreter: a program costs time by the operation, not by the number.
 INTERPRETER = Config(16, 16, 16, 32, 1, 1)
 #: Tried in turn when autotuning, beside the default.
 CANDIDATES: dict[str, tuple[Config, ...]] = {
-    "forward": (Config(64, 64, 64, 0, 4, 3), Config(64, 128, 64, 0, 4, 3), Config(128, 128, 64, 0, 8, 4)),
+    "forward": (
+        Config(64, 64, 64, 0, 4, 3),
+        Config(128, 64, 64, 0, 8, 3),
+        Config(64, 64, 64, 0, 4, 3, 2),
+        Config(64, 32, 64, 0, 4, 3, 4),
+        Config(128, 32, 64, 0, 8, 3, 4),
+    ),
 }
 _tuned: dict[tuple[object, ...], Choice] = {}
 
@@ -82,15 +107,16 @@ _tuned: dict[tuple[object, ...], Choice] = {}
 # Estimated for an H100, not measured: waits for a GPU. The arithmetic is in benches/NOTES.md.
 
 PATHS = ("tiles", "chunks")
-#: Bytes of the workspace of the second path: products and gradients of one chunk of classes stay in the L2 cache.
-WORKSPACE = 32 * 2**20
-#: Share of the peak rate that matrix products reach: a library's, the forward tiles', the gradient tiles'.
-LIBRARY_SHARE, TILE_SHARE, GRADIENT_TILE_SHARE = 0.7, 0.6, 0.4
+#: Bytes of the workspace of the second path. A chunk of classes takes its ten calls, so it should be worth them.
+WORKSPACE = 64 * 2**20
+#: Share of the peak rate that matrix products reach: a library's, and tiles' that the L2 cache feeds fast enough.
+LIBRARY_SHARE, TILE_SHARE = 0.7, 0.6
 MATRIX_RATE = {"16 bits": 989e12, "tf32": 495e12, "float32": 67e12}  # flop/s
 BANDWIDTH = 3.35e12  # bytes/s
+L2_BANDWIDTH = 5.5e12  # bytes/s, to all multiprocessors together
 INSTRUCTION_RATE = 3.0e13  # float32 instructions a second
 SLOPE_INSTRUCTIONS = 50  # for the gradient of one logit
-LAUNCH = 4e-6  # seconds
+CALL = 15e-6  # seconds of the host for a launch or a library's product
 
 _forced: str | None = None
 
@@ -148,30 +174,45 @@ def seconds(
     path: str, direction: str, B: int, M: int, K: int, D: int, dtype: torch.dtype,
     sides: int = 2, tf32: bool = False, again: bool = True,
 ) -> float:  # fmt: skip
-    """Estimated time of one path: products, the epilogue's arithmetic where the paths differ, workspace, launches."""
+    """Estimated time of one path: the device's, for products, workspace and slopes of logits, or the host's if longer.
+
+    Images are taken to be the same for all prompts.
+    """
     logits = B * M * K
-    product = 2 * D * logits
     single = "tf32" if tf32 else "float32"
     rate = MATRIX_RATE[single if dtype == torch.float32 else "16 bits"]
     # float16 would lose small gradients: tiles multiply those through tf32, the library in float32
     half = dtype == torch.bfloat16
-    library_gradient = rate if half else MATRIX_RATE[single]
-    tile_gradient = MATRIX_RATE["tf32"] if dtype == torch.float16 else rate
-    chunks = math.ceil(logits * (4 + 2 * half) / WORKSPACE)
-    if path == "tiles":
+    if path == "chunks":
+        chunks = math.ceil(logits * (4 + 2 * half) / WORKSPACE)
+        product = 2 * D * logits / LIBRARY_SHARE
         if direction == "forward":
-            return product / (TILE_SHARE * rate) + 2 * LAUNCH
-        # each side makes the logits again for every slice of features; and once more for a fused opinion
-        slices = sides * math.ceil(D / default("gradient", "cuda90", dtype.itemsize).out)
-        share = GRADIENT_TILE_SHARE
-        products = (slices + again) * product / (share * rate) + sides * product / (share * tile_gradient)
-        return products + slices * logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE + (again + sides) * LAUNCH
-    products = product / (LIBRARY_SHARE * rate)
+            return max(product / rate + 8 * logits / BANDWIDTH, 3 * chunks * CALL)
+        products = product / rate + sides * product / (rate if half else MATRIX_RATE[single])
+        traffic = (12 + (2 if half else 4) * (1 + sides)) * logits / BANDWIDTH
+        slopes = logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE
+        return max(products + traffic + slopes, (3 + 3 * sides) * chunks * CALL)
+    kind = "gradient" if direction == "backward" else forward_kind(M, dtype.itemsize)
+    config = default(kind, "cuda90", dtype.itemsize)
+    rows, columns = math.ceil(B / config.images), math.ceil(K / config.classes)
+    product = 2 * D * M * rows * config.images * columns * config.classes
     if direction == "forward":
-        return products + 8 * logits / BANDWIDTH + 3 * chunks * LAUNCH
-    products += sides * product / (LIBRARY_SHARE * library_gradient)
-    traffic = (12 + (2 if half else 4) * (1 + sides)) * logits / BANDWIDTH
-    return products + traffic + logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE + (3 + 3 * sides) * chunks * LAUNCH
+        busy = min(1, rows * columns / PROGRAMS)
+        return max(product / (tile_rate(config, dtype.itemsize, rate) * busy), 2 * CALL)
+    # each side makes the logits again for every slice of features; and once more for a fused opinion
+    slices = math.ceil(D / config.out)
+    busy = min(1, slices * columns * min(rows, M) / PROGRAMS)
+    gradient = MATRIX_RATE["tf32"] if dtype == torch.float16 else rate
+    products = (sides * slices + again) * product / tile_rate(config, dtype.itemsize, rate)
+    products += sides * product / tile_rate(config, dtype.itemsize, gradient)
+    slopes = sides * slices * logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE
+    return max((products + slopes) / busy, (again + sides) * CALL)
+
+
+def tile_rate(config: Config, itemsize: int, rate: float) -> float:
+    """Flop/s of a tile's product: what matrix units of that rate reach, or what the L2 cache can feed."""
+    images, columns = config.images, config.prompts * config.classes
+    return min(TILE_SHARE * rate, L2_BANDWIDTH * 2 * images * columns / (itemsize * (images + columns)))
 
 
 # ---- configurations ---------------------------------------------------------------------------------------------
@@ -199,6 +240,12 @@ def has_tf32(device: torch.device) -> bool:
 def default(kind: str, arch: str, itemsize: int) -> Config:
     """The default for features of 2 or 4 bytes."""
     return DEFAULTS[kind][arch][0 if itemsize == 2 else 1]
+
+
+def forward_kind(M: int, itemsize: int) -> str:
+    """The kind of forward kernel for images that are the same for all prompts: 4, 2 or 1 of them in a product."""
+    together = math.gcd(M, 4) if itemsize == 2 else 1
+    return "forward" if together == 1 else f"forward_{together}"
 
 
 def autotuning() -> bool:

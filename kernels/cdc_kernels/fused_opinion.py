@@ -44,15 +44,51 @@ def operand(x, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def repeat(x, TIMES: tl.constexpr, SIZE: tl.constexpr):
+    """x [SIZE] so many times, one after the other."""
+    if TIMES == 1:
+        return x
+    else:
+        return tl.reshape(tl.broadcast_to(x[None, :], (TIMES, SIZE)), (TIMES * SIZE,))
+
+
+@triton.jit
+def part_of(x, at: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Part ``at`` of 1, 2 or 4 that lie side by side in x [ROWS, PARTS * COLUMNS]."""
+    if PARTS == 1:
+        return x
+    else:
+        parts = tl.permute(tl.reshape(x, (ROWS, PARTS, COLUMNS)), (0, 2, 1))
+        if PARTS == 2:
+            even, odd = tl.split(parts)
+        else:
+            evens, odds = tl.split(tl.reshape(parts, (ROWS, COLUMNS, 2, 2)))
+            pair = evens
+            if at % 2 == 1:
+                pair = odds
+            even, odd = tl.split(pair)
+        if at // (PARTS // 2) == 0:
+            return even
+        else:
+            return odd
+
+
+@triton.jit
 def cosine_tile(
     x_ptr, t_ptr, xi_ptr, ti_ptr, m, rows, cols, live, first, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m,
-    LOADED: tl.constexpr, NORMALIZE: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
+    PROMPTS: tl.constexpr, LOADED: tl.constexpr, NORMALIZE: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``<x_b, t_mk>`` of rows and columns inside the problem, of unit vectors if NORMALIZE; and inverse lengths.
 
     Products are made here, or LOADED: x_ptr is then a workspace [M, B, classes from ``first``] that a library filled.
+    PROMPTS of them from m on lie side by side, [b, PROMPTS * k], if the images are the same for all: a tile of images
+    that was read once meets as many more columns.
     """
+    prompts = m
+    if PROMPTS > 1:
+        prompts = m + tl.arange(0, PROMPTS * BLOCK_K) // BLOCK_K
+        cols = repeat(cols, PROMPTS, BLOCK_K)
     if LOADED:
         # others may have written here already where a tile reaches over the edge
         at = x_ptr + m.to(tl.int64) * x_m + rows.to(tl.int64)[:, None] * x_b + (cols - first)[None, :]
@@ -60,8 +96,8 @@ def cosine_tile(
     else:
         d = tl.arange(0, BLOCK_D)
         x_ptrs = x_ptr + (m.to(tl.int64) * x_m) + rows.to(tl.int64)[:, None] * x_b + d[None, :]
-        t_ptrs = t_ptr + (m.to(tl.int64) * t_m) + cols.to(tl.int64)[None, :] * t_k + d[:, None]
-        cosine = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+        t_ptrs = t_ptr + (prompts.to(tl.int64) * t_m + cols.to(tl.int64) * t_k)[None, :] + d[:, None]
+        cosine = tl.zeros((BLOCK_B, PROMPTS * BLOCK_K), tl.float32)
         for start in range(0, D, BLOCK_D):
             if EVEN_D:
                 x = tl.load(x_ptrs + start)
@@ -71,10 +107,10 @@ def cosine_tile(
                 t = tl.load(t_ptrs + start, mask=d[:, None] < D - start, other=0.0)
             cosine = tl.dot(operand(x, UPCAST), operand(t, UPCAST), cosine, input_precision=PRECISION)
     xi = tl.full((BLOCK_B,), 1.0, tl.float32)
-    ti = tl.full((BLOCK_K,), 1.0, tl.float32)
+    ti = tl.full((PROMPTS * BLOCK_K,), 1.0, tl.float32)
     if NORMALIZE:
         xi = tl.load(xi_ptr + rows * xi_b + m * xi_m)
-        ti = tl.load(ti_ptr + m.to(tl.int64) * K + cols)
+        ti = tl.load(ti_ptr + prompts.to(tl.int64) * K + cols)
         cosine = cosine * xi[:, None] * ti[None, :]
     return cosine, xi, ti
 
@@ -162,7 +198,7 @@ def fuse_tile(
     rows, row_live, cols, live, is_target, has_target, tile, tiles, first,
     B, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m, log_w, log_share, log_share_of_class, log_others,
     ACTIVATION: tl.constexpr, RULE: tl.constexpr, FUSED: tl.constexpr, SUMS: tl.constexpr, WHOLE: tl.constexpr,
-    TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr, LOADED: tl.constexpr,
+    TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr, PROMPTS: tl.constexpr, LOADED: tl.constexpr,
     HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -170,40 +206,43 @@ def fuse_tile(
     state = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
     bound = log_w * 0
     R = tile * 0 + M + 1
-    for prompt in range(0, M):
-        m = tile * 0 + prompt
-        cosine, _, _ = cosine_tile(
-            x_ptr, t_ptr, xi_ptr, ti_ptr, m, rows, cols, live, first, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m,
-            LOADED, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
+    for prompt in range(0, M, PROMPTS):
+        cosines, _, _ = cosine_tile(
+            x_ptr, t_ptr, xi_ptr, ti_ptr, tile * 0 + prompt, rows, cols, live, first, M, K, D,
+            x_b, x_m, t_m, t_k, xi_b, xi_m,
+            PROMPTS, LOADED, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
         )  # fmt: skip
-        scale, bias = prompt_constants(scale_ptr, bias_ptr, m, HAS_BIAS)
-        z = cosine * scale + bias
-        y, _ = evidence(z, log_w, ACTIVATION)
-        log_weight = log_weight_of(weight_ptr, m, rows, B, log_share, RULE)
-        before = bound
-        if not FUSED:
-            before = bound * 0
-        bound = before + softplus(tl.max(tl.max(y, 1), 0))
-        if bound < LINEAR_LIMIT:
-            v = tl.exp(y)
-            if SUMS:
-                store_sums(
-                    partial_ptr, sums_ptr, v, is_target, has_target, live, m, tile, rows, row_live, B, R, tiles,
-                    log_share_of_class, log_others, log_w, True, WHOLE, TARGET, SQUARE, KL,
-                )  # fmt: skip
-            if FUSED:
-                state = fuse_linear(state, v, log_weight, RULE)
-        else:
-            if SUMS:
-                store_sums(
-                    partial_ptr, sums_ptr, y, is_target, has_target, live, m, tile, rows, row_live, B, R, tiles,
-                    log_share_of_class, log_others, log_w, False, WHOLE, TARGET, SQUARE, KL,
-                )  # fmt: skip
-            if FUSED:
-                if before < LINEAR_LIMIT:
-                    state = leave_linear(state, RULE)
-                _, l = evidence(z, log_w, ACTIVATION)  # noqa: E741
-                state = fuse(state, y, l, log_weight, RULE)
+        for part in tl.static_range(PROMPTS):
+            m = tile * 0 + prompt + part
+            cosine = part_of(cosines, part, PROMPTS, BLOCK_B, BLOCK_K)
+            scale, bias = prompt_constants(scale_ptr, bias_ptr, m, HAS_BIAS)
+            z = cosine * scale + bias
+            y, _ = evidence(z, log_w, ACTIVATION)
+            log_weight = log_weight_of(weight_ptr, m, rows, B, log_share, RULE)
+            before = bound
+            if not FUSED:
+                before = bound * 0
+            bound = before + softplus(tl.max(tl.max(y, 1), 0))
+            if bound < LINEAR_LIMIT:
+                v = tl.exp(y)
+                if SUMS:
+                    store_sums(
+                        partial_ptr, sums_ptr, v, is_target, has_target, live, m, tile, rows, row_live, B, R, tiles,
+                        log_share_of_class, log_others, log_w, True, WHOLE, TARGET, SQUARE, KL,
+                    )  # fmt: skip
+                if FUSED:
+                    state = fuse_linear(state, v, log_weight, RULE)
+            else:
+                if SUMS:
+                    store_sums(
+                        partial_ptr, sums_ptr, y, is_target, has_target, live, m, tile, rows, row_live, B, R, tiles,
+                        log_share_of_class, log_others, log_w, False, WHOLE, TARGET, SQUARE, KL,
+                    )  # fmt: skip
+                if FUSED:
+                    if before < LINEAR_LIMIT:
+                        state = leave_linear(state, RULE)
+                    _, l = evidence(z, log_w, ACTIVATION)  # noqa: E741
+                    state = fuse(state, y, l, log_weight, RULE)
     return state, bound
 
 
@@ -224,11 +263,12 @@ def forward_kernel(
     B, M, K, D, first, last, tiles, x_b, x_m, t_m, t_k, xi_b, xi_m, ratio_b,
     log_w, log_share, log_share_of_class, log_others,
     ACTIVATION: tl.constexpr, RULE: tl.constexpr, FUSED: tl.constexpr, SUMS: tl.constexpr, RATIO: tl.constexpr,
-    WHOLE: tl.constexpr, TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr, LOADED: tl.constexpr,
+    WHOLE: tl.constexpr, TARGET: tl.constexpr, SQUARE: tl.constexpr, KL: tl.constexpr,
+    PROMPTS: tl.constexpr, LOADED: tl.constexpr,
     HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of images and of classes first .. last, all prompts."""
+    """One tile of images and of classes first .. last, all prompts, PROMPTS of them (which divides M) at a time."""
     rows, row_live, cols, live, is_target, has_target, tile = place(
         target_ptr, first, last, B, TARGET, BLOCK_B, BLOCK_K
     )
@@ -237,7 +277,7 @@ def forward_kernel(
         x_ptr, t_ptr, scale_ptr, bias_ptr, xi_ptr, ti_ptr, weight_ptr, partial_ptr, sums_ptr,
         safe_rows, row_live, tl.minimum(cols, last - 1), live, is_target, has_target, tile, tiles, first,
         B, M, K, D, x_b, x_m, t_m, t_k, xi_b, xi_m, log_w, log_share, log_share_of_class, log_others,
-        ACTIVATION, RULE, FUSED, SUMS, WHOLE, TARGET, SQUARE, KL, LOADED,
+        ACTIVATION, RULE, FUSED, SUMS, WHOLE, TARGET, SQUARE, KL, PROMPTS, LOADED,
         HAS_BIAS, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     if FUSED:
@@ -471,7 +511,8 @@ def image_kernel(
                 is_target = (cols[None, :] == target[:, None]) & live
             cosine, xi, ti = cosine_tile(
                 x_ptr, t_ptr, xi_ptr, ti_ptr, m, safe_rows, safe_cols, live, first, M, K, D,
-                x_b, x_m, t_m, t_k, xi_b, xi_m, False, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
+                x_b, x_m, t_m, t_k, xi_b, xi_m,
+                1, False, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             grad, weight = slope_tile(
                 cosine, scale, bias, m, safe_rows, safe_cols, live, is_target,
@@ -550,7 +591,7 @@ def text_kernel(
             is_target = (cols[None, :] == target[:, None]) & live
         cosine, xi, ti = cosine_tile(
             x_ptr, t_ptr, xi_ptr, ti_ptr, m, safe_rows, safe_cols, live, first, M, K, D,
-            x_b, x_m, t_m, t_k, xi_b, xi_m, False, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
+            x_b, x_m, t_m, t_k, xi_b, xi_m, 1, False, NORMALIZE, EVEN_D, UPCAST, PRECISION, BLOCK_B, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         grad, _ = slope_tile(
             cosine, scale, bias, m, safe_rows, safe_cols, live, is_target,

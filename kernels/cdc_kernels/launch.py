@@ -190,9 +190,14 @@ class Call:
 
     def config(self, kind: str) -> Config:
         """The default configuration of a kind of kernel."""
-        kind += "_kl" if self.flags["KL"] else ""
+        M, shared = self.sizes["M"], self.image.dim() == 2
         if INTERPRETED:
-            return INTERPRETER
+            together = math.gcd(M, 4) if kind == "forward" and shared else 1
+            return dataclasses.replace(INTERPRETER, prompts=together)
+        if self.flags["KL"]:
+            kind += "_kl"
+        elif kind == "forward" and shared:
+            kind = configs.forward_kind(M, self.image.element_size())
         return configs.default(kind, configs.architecture(self.image.device), self.image.element_size())
 
     def tile(self, config: Config) -> dict[str, Any]:
@@ -256,7 +261,10 @@ def run_fastest(
         return launch(default(paths[0]))
     choices = [default(path) for path in paths]
     if not call.flags["KL"] and not INTERPRETED:  # KL's gamma functions need smaller tiles
-        choices += [(path, each) for path in paths for each in configs.CANDIDATES.get(KINDS[direction][path], ())]
+        most = math.gcd(M, 4) if x.dim() == 2 else 1
+        for path in paths:
+            candidates = configs.CANDIDATES.get(KINDS[direction][path], ())
+            choices += [(path, each) for each in candidates if most % each.prompts == 0]
     key = direction, tuple(paths), x.device, x.dtype, x.dim(), B, M, K, D, *call.flags.values(), *what
     return launch(configs.fastest(key, choices, launch, x.device))
 
@@ -300,6 +308,7 @@ def run_forward(
         SUMS=sums is not None,
         RATIO=ratio is not None,
         WHOLE=sums is not None and partial is sums,
+        PROMPTS=config.prompts,
         LOADED=loaded,
         **call.flags,
         **call.tile(config),

@@ -329,7 +329,7 @@ def test_few_launches_for_a_small_problem(monkeypatch, K, opinion):
         monkeypatch.setattr(launch, f"{name}_kernel", Counted(getattr(launch, f"{name}_kernel"), name, launches))
     row_loss = Counted(launch_small.row_loss_kernel, "row_loss", launches)
     monkeypatch.setattr(launch_small, "row_loss_kernel", row_loss)
-    monkeypatch.setattr(launch, "INTERPRETER", configs.default("forward", "cuda90", 2))
+    monkeypatch.setattr(launch, "INTERPRETER", configs.default("forward_4", "cuda90", 2))
     g = torch.Generator(DEVICE).manual_seed(0)
     x, t = torch.randn(4, 512, generator=g), torch.randn(4, K, 512, generator=g)
     mine = fused_opinion(x, t, scale=20.0, backend="triton")

@@ -239,6 +239,16 @@ def test_classes_chunk_by_chunk(path):
     run_loss(Case(3, 2, 40, 5, rule="weighted", shared=False, path=path, cut=True))
 
 
+@pytest.mark.parametrize("M", [2, 4, 6, 8])
+def test_several_prompts_in_one_product(M):
+    """Side by side where images are the same for all prompts, 2 or 4 of them; in and out of linear space among them."""
+    run_opinion(Case(20, M, 40, 5))
+    run_opinion(Case(20, M, 40, 2, scale=45.0, confident=True))
+    run_opinion(Case(5, M, 20, 19, layout="strided", dtype=torch.float16, normalize=False, rule="averaging"))
+    run_loss(Case(5, M, 20, 7, dtype=torch.bfloat16), form="mse")
+    run_loss(Case(5, M, 20, 7, shared=False, rule="weighted"))
+
+
 @pytest.mark.parametrize("programs", [1, 3, 7, 1000])
 def test_classes_of_few_images_are_split_over_programs(programs, monkeypatch):
     """In parts of any number, some of which are empty, all classes at once or in chunks of three tiles."""
