@@ -54,8 +54,8 @@ def make_problem(
         classes=K,
         normalize=bool(normalize),
         dtype=dtype,
-        image_norm=image_norm if normalize else None,
-        text_norm=text_norm if normalize else None,
+        image_norm=image_norm if normalize and image_norm is not None and image_norm.dtype == dtype else None,
+        text_norm=text_norm if normalize and text_norm is not None and text_norm.dtype == dtype else None,
     )
 
 

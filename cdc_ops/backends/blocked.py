@@ -56,8 +56,8 @@ class RowSumsFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         log_ratio, *results = row_sums(image, problem, sums, want_log_ratio, again=True)
         ctx.problem, ctx.sums, ctx.want_log_ratio = problem, sums, want_log_ratio
-        # text, scale, bias and weight are read through the problem; saving them guards against changes in place
-        ctx.save_for_backward(image, text, scale, bias, weight, *results[:3])
+        # text, scale, bias, weight and target are read through the problem; saving guards them against changes in place
+        ctx.save_for_backward(image, text, scale, bias, weight, sums.target, *results[:3])
         return log_ratio, *results
 
     @staticmethod
@@ -65,7 +65,7 @@ class RowSumsFunction(torch.autograd.Function):
         ctx: Any, g_ratio: Tensor | None, g_total: Tensor, g_target: Tensor, g_square: Tensor, g_kl: Tensor
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("backend='blocked' has", "; use backend='reference'")
-        image, _, _, _, _, total, log_target, log_square = ctx.saved_tensors
+        image, _, _, _, _, _, total, log_target, log_square = ctx.saved_tensors
         g_results = (g_total, g_target, g_square, g_kl)
         g_ratio = g_ratio if ctx.want_log_ratio else None
         results = (total, log_target, log_square)

@@ -25,7 +25,7 @@ BLOCK_COLUMNS = 1024
 LEAST_COLUMNS = 64
 #: Numbers that all blocks together may hold in any case (4 MB in float32): cutting up less saves nobody anything.
 FLOOR = 2**20
-#: A row of a block holds whole vectors of the CPU, which its matrix products like.
+#: A row of a block holds whole vectors (and cache lines) of the CPU, which its matrix products like.
 VECTOR = 16
 LOG2_E = math.log2(math.e)
 #: F.normalize's floor for a length.
@@ -255,10 +255,13 @@ class Blocks:
         return self._buffers[key]
 
     def _take(self, size: int) -> Tensor:
-        """Memory that an earlier call left, as far as it goes, then new memory."""
+        """Memory that an earlier call left, as far as it goes, then new memory.
+
+        In whole cache lines: a library's products of the same numbers elsewhere in a line differ in their last bits.
+        """
         if self._spare is None or self._spare.numel() < size:
             return self.image.new_empty(size)
-        taken, self._spare = self._spare[:size], self._spare[size:]
+        taken, self._spare = self._spare[:size], self._spare[math.ceil(size / VECTOR) * VECTOR :]
         return taken
 
     def classes(self, x: Tensor, columns: slice) -> Tensor:

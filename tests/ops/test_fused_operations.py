@@ -488,6 +488,48 @@ def test_mixed_precision_inputs_are_promoted():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("which", ["image", "text"])
+def test_one_input_in_float64_is_enough_for_its_digits(backend, lower, which):
+    x, t = torch.randn(5, 16, dtype=f64), torch.randn(3, 7, 16, dtype=f64)
+    x, t = (x.to(lower), t) if which == "image" else (x, t.to(lower))
+    mine = fused_opinion(x, t, scale=100.0, backend=backend).log_ratio
+    right = fused_opinion(x.double(), t.double(), scale=100.0, backend="reference").log_ratio
+    torch.testing.assert_close(mine, right, rtol=1e-13, atol=0.0)
+
+
+@pytest.mark.parametrize("changed", ["image", "text", "scale", "target"])
+def test_an_input_changed_before_its_gradient_is_noticed(changed):
+    given = {"image": torch.randn(5, 16), "text": torch.randn(3, 7, 16), "scale": torch.full((3,), 20.0)}
+    given = {name: x.requires_grad_() for name, x in given.items()} | {"target": torch.tensor([0, 1, 2, 3, 4])}
+    loss = evidential_cross_entropy(**given, normalize=False, backend="blocked")
+    with torch.no_grad():
+        given[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_no_call_leaves_a_trace_in_the_next(monkeypatch):
+    """Memory that calls hand on keeps whole cache lines, on which the last bits of a product depend."""
+    starts = []
+    take = blocks.Blocks._take
+    monkeypatch.setattr(blocks.Blocks, "_take", lambda self, n: starts.append((x := take(self, n)).data_ptr()) or x)
+    blocks._idle.clear()
+    x, t, y = torch.randn(3, 64), torch.randn(3, 64, 37).transpose(1, 2).requires_grad_(), torch.tensor([0, 1, 2])
+
+    def step():
+        return torch.autograd.grad(
+            evidential_cross_entropy(x, t, y, scale=100.0, rule="weighted", backend="blocked"), t
+        )
+
+    (before,) = step()
+    fused_opinion(torch.randn(64, 16), torch.randn(4, 300, 16), scale=10.0, backend="blocked")
+    (after,) = step()
+    assert torch.equal(before, after)
+    assert len(starts) > 4 and not any(start % 64 for start in starts)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_inference_mode(backend):
     image, text = features(4, 2, 5, 8)
     with torch.inference_mode():
