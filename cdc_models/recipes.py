@@ -47,7 +47,7 @@ class Training:
     The defaults are MaPLe's published base-to-new settings.
 
     Args:
-        epochs: passes over the training images.
+        epochs: passes over the training images, those of the warm-up among them: with no others, lr is never used.
         lr: learning rate of SGD after the warm-up, falling as a cosine.
         batch: images a step.
         momentum: of SGD.

@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import RenderableType
 
+from cdc_models.console_table import ConsoleTable
 from cdc_models.experiment import FIGURES
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _percent(value: float, spread: float | None = None) -> str:
     return text if spread is None else f"{text} ± {100 * spread:.1f}"
 
 
-def tables(summary: dict[str, dict[str, Any]], reference: str, title: str) -> tuple[Table, str]:
+def tables(summary: dict[str, dict[str, Any]], reference: str, title: str) -> tuple[RenderableType, str]:
     """The same table for a terminal and in Markdown."""
     header = [
         "method",
@@ -129,19 +130,14 @@ def tables(summary: dict[str, dict[str, Any]], reference: str, title: str) -> tu
                 f"{s['seconds_train']:.1f}",
             ]
         )
-    table = Table(title=title)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0)
-    for line in body:
-        table.add_row(*line)
     rule = ["---", *["---:"] * (len(header) - 1)]
     markdown = "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *body])
-    return table, markdown
+    return ConsoleTable(title, header, body), markdown
 
 
 def write_comparison(
     rows: Sequence[dict[str, Any]], title: str, folder: Path, facts: dict[str, Any]
-) -> tuple[dict[str, Any], Table, list[Path]]:
+) -> tuple[dict[str, Any], RenderableType, list[Path]]:
     """Write summary.json, table.md and the pictures of finished runs.
 
     Args:
@@ -211,7 +207,7 @@ def _of_label(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 def plot_reliability(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy against confidence on base and new classes, all runs pooled."""
-    figure, axes = _figure(9, 4.4, columns=2)
+    figure, axes = _figure(9, 4.7, columns=2)  # high enough for what stands around two squares
     for ax, half in zip(axes, ("base", "new"), strict=True):
         ax.plot([0, 1], [0, 1], color="#bbbbbb", linestyle="--", linewidth=1)
         for i, (label, own) in enumerate(_of_label(rows).items()):

@@ -29,6 +29,7 @@ SMALL_PROTOCOL = (
     "--seeds=[1,2]",
     "--shots=2",
     "--epochs=1",
+    "--warmup_epochs=0",
 )
 CLASSES = ("red square", "green square", "blue square")
 

@@ -35,6 +35,8 @@ def test_a_small_demo(out, capsys):
         with Image.open(out / f"{name}.png") as picture:
             colours = picture.convert("RGB").getcolors(10**6)
             assert picture.width > 1000 and colours is not None and len(colours) > 50
+            edge = picture.convert("L").crop((0, 0, picture.width, 4))
+            assert edge.getextrema() == (255, 255)  # no title is cut off
 
 
 def test_a_second_call_goes_on_from_the_first(out, capsys):

@@ -19,7 +19,7 @@ def test_the_researchers_lines(capsys):
 def test_the_engineers_commands_and_lines(tmp_path, monkeypatch, cdc_command):
     monkeypatch.chdir(tmp_path)
     [commands] = re.findall(r"```console\n(.*?)```", README, re.S)
-    small = {"sample": ["--classes=3", "--images=6"], "train": ["--epochs=1", "--shots=1"]}
+    small = {"sample": ["--classes=3", "--images=6"], "train": ["--epochs=1", "--warmup_epochs=0", "--shots=1"]}
     for line in commands.splitlines():
         program, command, *arguments = shlex.split(line, comments=True)
         own = [] if command == "sample" else ["--workers=0"]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
 
 from cdc_models import processes
+from cdc_models.clip.classes import words_of
 from cdc_models.commands.parts import dataset_of, model_of
 from cdc_models.commands.run_folder import write_json
 from cdc_models.commands.settings import Compute, Data, Model, Output
-from cdc_models.data import ImageReport, find_published, load_dataset
-from cdc_models.engine import Evaluation
+from cdc_models.data import ImageDataset, ImageList, ImageReport, find_published, load_dataset
+from cdc_models.engine import Evaluation, adapter_info
 from cdc_models.engine import evaluate as evaluate_model
+from cdc_models.engine.checkpoint import differences
 from cdc_models.provenance import git_commit, versions
 from cdc_models.recipes import reader, report_of
 
@@ -47,12 +50,16 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
     with output.status("listing images"):
         dataset = dataset_of(data)
     strangers = None if question.unknown is None else load_dataset(question.unknown, _root_of(question.unknown, data))
+    images = _images("data", dataset, question.split)
+    strange = None if strangers is None else _strange_images(strangers, dataset)
+    if processes.is_first():
+        _warn_of_other_splits(model, data, dataset.name, question.split)
     with output.status("loading CLIP"):
         classifier = model_of(model, compute, dataset.classes, dataset.template)
-    known = reader(getattr(dataset, question.split), classifier.backbone, compute.test_batch, compute.readers)
+    known = reader(images, classifier.backbone, compute.test_batch, compute.readers)
     unknown = None
-    if strangers is not None:
-        unknown = reader(strangers.test, classifier.backbone, compute.test_batch, compute.readers)
+    if strange is not None:
+        unknown = reader(strange, classifier.backbone, compute.test_batch, compute.readers)
     found = evaluate_model(classifier, known, unknown=unknown, progress=output.progress)
     reports = {"known": report_of(known), "unknown": ImageReport(0) if unknown is None else report_of(unknown)}
     if not processes.is_first():
@@ -80,6 +87,42 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
             output.say(str(report))
     if question.out is not None:  # last: if it cannot be written, the figures have been told
         write_json(question.out, values)
+
+
+def _images(argument: str, dataset: ImageDataset, split: str) -> ImageList:
+    images: ImageList = getattr(dataset, split)
+    if not len(images):
+        raise ValueError(
+            f"{argument}: expected {split} images in {dataset.name}, got none; where a class has few images, test_part "
+            "and val_part may round to none"
+        )
+    return images
+
+
+def _strange_images(strangers: ImageDataset, known: ImageDataset) -> ImageList:
+    words = set(map(words_of, known.classes))
+    if shared := [name for name in strangers.classes if words_of(name) in words]:
+        told = ", ".join(shared[:10]) + (", ..." if len(shared) > 10 else "")
+        raise ValueError(
+            f"unknown: expected none of the classes of {known.name}, got {len(shared)} of them in {strangers.name}: "
+            f"{told}"
+        )
+    return _images("unknown", strangers, "test")
+
+
+def _warn_of_other_splits(model: Model, data: Data, name: str, split: str) -> None:
+    """Warn if the images that training held out of this data may be others than those tested on."""
+    if model.adapter is None or split == "train" or find_published(data.data) is not None:
+        return
+    trained = adapter_info(model.adapter)["summary"]
+    draw = ("split_seed", "test_part") if split == "test" else ("split_seed", "test_part", "val_part")
+    told = differences(trained, asdict(data), [n for n in draw if n in trained])  # early versions wrote none
+    if trained.get("data") == name and told:
+        warnings.warn(
+            f"{model.adapter} was trained on another split of {name} ({told}); some of these images may be among those "
+            "that it was trained on",
+            stacklevel=3,
+        )
 
 
 def _root_of(unknown: str, data: Data) -> str | None:
@@ -110,5 +153,7 @@ def _table(title: str, found: Evaluation) -> Table:
     ]
     for name, value, meaning in lines:
         if value is not None and value == value:
-            table.add_row(name, str(value) if isinstance(value, int) else f"{value:.4f}", meaning)
+            # uncertainties rank images also where all of them are tiny
+            digits = ".3g" if name.startswith("uncertainty") else "d" if isinstance(value, int) else ".4f"
+            table.add_row(name, f"{value:{digits}}", meaning)
     return table

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from cdc_models.commands.parts import backbone_of
 from cdc_models.commands.run_folder import resolved, save_settings, write_json, write_text
 from cdc_models.commands.settings import Backbone, Compute, Interrupted, Output
+from cdc_models.console_table import ConsoleTable
 from cdc_models.data import BASE_TO_NEW, IMAGENET_VARIANTS, ImageDataset, find_published, load_dataset
 from cdc_models.protocols import TRANSFER, Cell, Runner, Target, latex, lines, markdown, plan, summarise
 from cdc_models.recipes import Training, recipes_of
@@ -174,7 +174,7 @@ def write_tables(protocol: str, rows: Sequence[dict[str, Any]], backbone: str, f
     write_text(folder / "table.md", markdown(summary, title, backbone))
     write_text(folder / "table.tex", latex(summary, title, backbone))
     output.result({"protocol": protocol, "backbone": backbone, "folder": str(folder), "cells": summary})
-    output.say(_table(title, *lines(summary)))
+    output.say(ConsoleTable(title, *lines(summary), labels=2))
     output.say(f"{folder}: summary.json, table.md, table.tex")
 
 
@@ -203,12 +203,3 @@ def _work(runner: Runner, cells: Sequence[Cell], recipes: Mapping[str, Any], out
             return runner.run(cells, recipes, on_done)
     except KeyboardInterrupt:
         raise Interrupted(f"finished results are in {runner.folder}; the same command goes on from there") from None
-
-
-def _table(title: str, head: list[str], body: list[list[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
-    for line in body:
-        table.add_row(*line)
-    return table

@@ -47,6 +47,8 @@ def _start_run(folder: Path, settings: dict[str, Any]) -> None:
             there = None
         if not isinstance(there, dict):
             raise ValueError(f"out: {path} is not a file of settings; delete it or give another folder")
+        if there.keys() - settings.keys() and settings.keys() - there.keys():
+            raise ValueError(f"out: {folder} holds the run of another command or version; give another folder")
         names = sorted((there.keys() | settings.keys()) - _NOT_THE_RUN)
         if told := differences(there, settings, names):
             raise ValueError(f"out: {folder} holds another run ({told}); give another folder, or delete that one")

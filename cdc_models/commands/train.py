@@ -45,11 +45,16 @@ def train(
 
     Writes adapter.safetensors, config.yaml (every setting as it was used; --config takes it back), report.json (losses,
     skipped images, time, memory, versions) and checkpoint.safetensors. Cut off anywhere, the same command goes on from
-    the last checkpoint and ends with the same adapter.
+    the last checkpoint and ends with the same adapter (on a CPU, bitwise the same tensors).
     """
     started = time.perf_counter()
     with output.status("listing images"):
         dataset = dataset_of(data, draw)
+    if adaptation.calibrate and not len(dataset.val):
+        raise ValueError(
+            f"calibrate: expected validation images in {dataset.name}, got none; where a class has few images, "
+            f"val_part={data.val_part} may round to none"
+        )
     with output.status("loading CLIP"):
         clip = backbone_of(backbone.backbone, backbone.pretrained, compute)
     model = build(adaptation.method, adaptation.options, clip, dataset, draw.seed)
@@ -86,7 +91,7 @@ def train(
     if result.interrupted:
         raise Interrupted(f"stopped after step {result.steps}; the same command goes on from {checkpoint}")
     likelihood, held_out = None, ImageReport(0)
-    if adaptation.calibrate and len(dataset.val):
+    if adaptation.calibrate:
         loader = reader(dataset.val, clip, compute.test_batch, compute.readers)
         with output.status("fitting how sure it is"):
             likelihood = calibrate(model, loader)
@@ -95,7 +100,16 @@ def train(
         return
     images = {"train": report.to_dict(), "validation": held_out.to_dict()}
     adapter = folder.out / "adapter.safetensors"
-    summary = {"data": dataset.name, "shots": draw.shots, "seed": draw.seed, "half": data.half, "losses": result.losses}
+    summary = {
+        "data": dataset.name,
+        "split_seed": data.split_seed,
+        "test_part": data.test_part,
+        "val_part": data.val_part,
+        "shots": draw.shots,
+        "seed": draw.seed,
+        "half": data.half,
+        "losses": result.losses,
+    }
     save_adapter(model, adapter, summary)
     values = {
         "adapter": str(adapter),

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -103,7 +104,8 @@ def fit(
     Args:
         model: a method with something to learn.
         loader: yields (images [B, 3, H, W], targets [B]), once through per epoch.
-        epochs: passes over the loader; 0 leaves the model as it is.
+        epochs: passes over the loader; 0 leaves the model as it is. The first `warmup_epochs` do not use `lr`: if there
+            are no others, a warning says so.
         lr, momentum, weight_decay: of SGD.
         warmup_epochs, warmup_lr: see `learning_rate`.
         seed: of torch's global generator, which augmentations draw from, differently in each process; the loader's
@@ -156,6 +158,12 @@ def fit(
         raise ValueError(f"autocast: expected torch.bfloat16, torch.float16 or None, got {autocast!r}")
     if on_epoch is not None and not callable(on_epoch):
         raise ValueError(f"on_epoch: expected a function of an epoch and its loss, or None, got {on_epoch!r:.80}")
+    if 0 < epochs <= warmup_epochs and processes.is_first():
+        warnings.warn(
+            f"epochs: expected more than warmup_epochs={warmup_epochs}, got {epochs}; lr={lr} is never used, only "
+            f"warmup_lr={warmup_lr}",
+            stacklevel=2,
+        )
     groups = model.parameter_groups(weight_decay)
     if not any(group["params"] for group in groups):
         raise ValueError(f"model: {type(model).__name__} has nothing to learn")
@@ -227,8 +235,14 @@ def fit(
                         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                             try:
                                 loss = model.loss(images, targets)
-                            except ValueError:
+                            except ValueError as error:
                                 _require_finite(model, position, lr)  # which is the reason, if it is one
+                                # what is not finite and did not come from the loader was made by training
+                                if "finite" in str(error) and bool(images.isfinite().all()):
+                                    raise ValueError(
+                                        f"training diverged at step {position.steps} (epoch {position.epoch}); try a "
+                                        f"smaller lr than {lr} ({error})"
+                                    ) from error
                                 raise
                         loss.backward()
                         value = float(loss.detach())

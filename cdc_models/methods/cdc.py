@@ -59,7 +59,8 @@ class CDC(Method):
             published 9, or all layers of shallower towers.
         words: what the templates start from, one text or one per template.
         hand_crafted: template t^0, fixed, the anchor of the consistency loss.
-        views: augmentation of each template, see `Views`; None trains every template on the same image.
+        views: augmentation of each template, see `Views`; by default the first M of `DEFAULT_VIEWS`; None trains every
+            template on the same image.
         weight_de, weight_con: weights of the decoupling and the consistency loss; 0 switches them off.
         temperature: of the consistency loss.
         trusted: DSTC on or off.
@@ -117,9 +118,13 @@ class CDC(Method):
         check_room(backbone, self.classes, n_ctx)
         check_flags(trusted=trusted, evidence_head=evidence_head, image_prompts=image_prompts)
         check_seed(seed)
+        if views is DEFAULT_VIEWS:
+            views = DEFAULT_VIEWS[:n_templates]
         apiece = isinstance(views, Sequence) and not isinstance(views, str) and len(views) == n_templates
         if views is not None and not apiece:
-            raise ValueError(f"views: expected one augmentation per template ({n_templates}), got {views!r}")
+            raise ValueError(
+                f"views: expected one augmentation per template ({n_templates}), or views=None, got {views!r}"
+            )
         check_template("hand_crafted", hand_crafted)
         checks.one_of("form", form, FORMS)
         weight_de = checks.number("weight_de", weight_de, low=0.0)

@@ -27,7 +27,10 @@ def test_the_pages_commands_run(tmp_path, monkeypatch, photos, cdc, cdc_command)
     assert len(commands) == 8
     for line in commands:
         program, *arguments = shlex.split(line)
-        small = {"train": ["--epochs=1", "--shots=1"], "protocol": ["--epochs=1", "--shots=1", "--seeds=[1]"]}
+        small = {
+            "train": ["--epochs=1", "--warmup_epochs=0", "--shots=1"],
+            "protocol": ["--epochs=1", "--warmup_epochs=0", "--shots=1", "--seeds=[1]"],
+        }
         if arguments[0] == "protocol":
             arguments.append("--backbone=bundled")  # no download in a test
         if arguments[0] == "report":

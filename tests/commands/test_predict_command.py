@@ -104,6 +104,7 @@ def test_parts_of_other_images_or_another_classifier_are_refused(trained, photos
     arguments = ("predict", f"--images={pictures}", f"--adapter={adapter}", f"--out={out}")
     assert cdc(*arguments)[0] == 0
     assert "another run (shard_size: 10000 there, 9 here)" in cdc(*arguments, "--shard_size=9")[2]
+    assert "holds the run of another command" in cdc(*arguments, f"--out={trained}")[2]
     shutil.copy(photos / "red square/1.png", pictures / "00.png")
     status, _, err = cdc(*arguments)
     assert status == 2 and "holds predictions of other images" in err

@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+from rich.console import Console
 
+from cdc_models.console_table import ConsoleTable
 from cdc_models.demo import demo
 
 TABLES = ("summary.json", "table.md", "table.tex")
@@ -55,6 +57,22 @@ def test_a_demo_again(tmp_path, cdc_command, capsys):
     assert again["rows"] == summary["rows"] and again["rows"]["CoOp"]["H_std"] is None  # a single run
     assert again["date"] == summary["date"] and again["title"] == summary["title"]
     assert (out / "table.md").read_text() == table and (out / "coverage.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 132, 200])
+def test_cells_are_whole_at_any_width(width, capsys):
+    head = ["method", "base", "H − zero-shot", *(f"AUROC {i}" for i in range(9))]
+    body = [
+        [label, "74.0 ± 1.4", "+1.2 ± 1.5", *(f"{i}{k}.5" for i in range(9))]
+        for k, label in enumerate(["CDC", "no trusted classification"])
+    ]
+    Console(width=width).print(ConsoleTable("all of it", head, body))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= width for line in lines) and "…" not in "".join(lines)
+    for label, *cells in body:
+        own = [line for line in lines if line.startswith(f"{label}  ")]
+        assert " ".join(own).replace(label, "").split() == " ".join(cells).split()
+    assert (sum(line.startswith("method") for line in lines) == 1) == (width >= 122)
 
 
 def test_what_is_refused(protocol_run, tmp_path, cdc_command):

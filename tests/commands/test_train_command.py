@@ -160,6 +160,11 @@ def test_calibration_changes_the_temperature_only(tmp_path, cdc_json, photos):
             2,
             "feature_draws: expected",
         ),
+        (
+            ["--backbone=bundled", "--calibrate", "--val_part=0", "--shots=0"],
+            2,
+            "calibrate: expected validation images",
+        ),
         (["--backbone=bundled", "--device=cuda:99"], 2, "device"),
         (["--backbone=bundled", "--device=meta"], 2, "device: expected one that computes"),
         (["--backbone=bundled", "--method=lora"], 2, "method"),

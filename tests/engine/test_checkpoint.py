@@ -167,21 +167,21 @@ def test_it_says_how_to_resume(backbone, monkeypatch, tmp_path, capsys):
 @pytest.fixture
 def stored(tmp_path, backbone):
     path = tmp_path / "run.safetensors"
-    run(path, epochs=1, backbone=backbone)
+    run(path, epochs=2, backbone=backbone)
     return path
 
 
-@pytest.mark.parametrize("change", [{"epochs": 2}, {"lr": 0.01}, {"seed": 6}, {"autocast": torch.bfloat16}])
+@pytest.mark.parametrize("change", [{"epochs": 3}, {"lr": 0.01}, {"seed": 6}, {"autocast": torch.bfloat16}])
 def test_a_checkpoint_of_other_settings_is_refused(change, stored, backbone):
     before = stored.read_bytes()
     with pytest.raises(CheckpointError, match=f"belongs to another run.*{next(iter(change))}"):
-        run(stored, **{"epochs": 1, "backbone": backbone, **change})
+        run(stored, **{"epochs": 2, "backbone": backbone, **change})
     assert stored.read_bytes() == before
 
 
 def test_a_checkpoint_of_another_backbone_class_list_or_method_is_refused(stored, backbone, other_backbone, coloured):
     with pytest.raises(CheckpointError, match="backbone"):
-        run(stored, epochs=1, backbone=other_backbone)
+        run(stored, epochs=2, backbone=other_backbone)
     with pytest.raises(CheckpointError, match=r'classes: \["red", "green", "blue"\] there, \["a", "b", "c"\] here'):
         fit(CDC(backbone, ["a", "b", "c"], depth=2, seed=3), [coloured], checkpoint=stored, progress=False)
     with pytest.raises(CheckpointError, match='method: "cdc" there, "coop" here'):
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_refused_and_kept(damage, stored, backbone):
     }[damage]
     stored.write_bytes(changed)
     with pytest.raises(CheckpointError, match="cannot be used.*delete it to start over"):
-        run(stored, epochs=1, backbone=backbone)
+        run(stored, epochs=2, backbone=backbone)
     assert stored.read_bytes() == changed
 
 

@@ -21,7 +21,7 @@ class Run:
 
     def __init__(self, backbone, coloured, path):
         self.path = path
-        fit(CoOp(backbone, CLASSES), [coloured] * 2, epochs=1, progress=False, checkpoint=path)
+        fit(CoOp(backbone, CLASSES), [coloured] * 2, epochs=1, warmup_epochs=0, progress=False, checkpoint=path)
         _, metadata = read_tensors(path)
         self.model = CoOp(backbone, CLASSES)
         self.optimizer = torch.optim.SGD(self.model.learned_parameters().values(), lr=0.1)

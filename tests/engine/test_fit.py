@@ -155,7 +155,7 @@ def test_what_is_no_batch(batch, told, backbone, coloured):
 
 def test_targets_may_be_a_list(backbone, coloured):
     images, targets = coloured
-    assert fit(CoOp(backbone, CLASSES), [(images, targets.tolist())], epochs=1, progress=False).steps == 1
+    assert fit(CoOp(backbone, CLASSES), [(images, targets.tolist())], epochs=2, progress=False).steps == 2
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -195,9 +195,39 @@ def test_a_loss_that_refuses_diverged_parameters_is_reported_as_their_fault(back
         fit(model, [coloured], lr=0.1, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"), [("text_prompts", 1e38, "must be finite"), ("log_scale", 80.0, "within 2\\^100")]
+)
+def test_features_and_scales_that_training_drove_off_are_not_blamed_on_the_images(
+    name, value, told, backbone, coloured
+):
+    model = CDC(backbone, CLASSES, depth=2, views=None)
+    with torch.no_grad():
+        next(p for n, p in model.learned_parameters().items() if n.endswith(name)).fill_(value)
+    with pytest.raises(ValueError, match=f"training diverged at step 0 .*try a smaller lr than 0.1 .*{told}"):
+        fit(model, [coloured], lr=0.1, progress=False)
+
+
+def test_images_that_are_not_finite_are_to_blame_themselves(backbone, coloured):
+    images, targets = coloured
+    with pytest.raises(ValueError, match="^images: expected finite values"):
+        fit(CDC(backbone, CLASSES, depth=2, views=None), [(images * math.nan, targets)], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup_epochs", "told"), [(1, 1, True), (2, 3, True), (2, 1, False), (0, 1, False)]
+)
+@pytest.mark.filterwarnings("always")
+def test_a_learning_rate_that_is_never_used_is_told(epochs, warmup_epochs, told, backbone, coloured, recwarn):
+    fit(CoOp(backbone, CLASSES), [coloured], epochs=epochs, warmup_epochs=warmup_epochs, lr=0.5, progress=False)
+    said = [str(w.message) for w in recwarn]
+    assert len(said) == told and all("lr=0.5 is never used, only warmup_lr=1e-05" in text for text in said)
+
+
 def test_progress_bar_is_shown(backbone, coloured, capsys):
-    fit(CoOp(backbone, CLASSES), loader_of(coloured), epochs=1, progress=True)
-    fit(CoOp(backbone, CLASSES), (batch for batch in [coloured]), epochs=1, progress=True)  # a loader without length
+    fit(CoOp(backbone, CLASSES), loader_of(coloured), epochs=2, progress=True)
+    without_length = (batch for batch in [coloured])
+    fit(CoOp(backbone, CLASSES), without_length, epochs=1, warmup_epochs=0, progress=True)
 
 
 def test_a_loader_that_gives_nothing_is_refused(backbone, coloured):

@@ -52,7 +52,7 @@ def trained(tmp_path_factory):
     backbone, folder = make_small_backbone(), tmp_path_factory.mktemp("fuzzed")
     model = CoOp(backbone, CLASSES)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    fit(model, [(images, torch.tensor([0, 1, 2, 0]))], epochs=1, progress=False, checkpoint=folder / "run.safetensors")
+    fit(model, [(images, torch.tensor([0, 1, 2, 0]))], epochs=2, progress=False, checkpoint=folder / "run.safetensors")
     save_adapter(model, folder / "adapter.safetensors", {"epochs": 1})
     return backbone, folder, {name: p.detach().clone() for name, p in model.learned_parameters().items()}
 

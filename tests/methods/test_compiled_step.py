@@ -87,7 +87,7 @@ def test_targets_are_still_checked(backbone, coloured, graphs):
 def test_a_run_goes_on_with_and_without_compiling(cdc_json, photos, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(Method, "compile", lambda model, **options: asked.append(options))
-    small = [f"--data={photos}", "--backbone=bundled", "--method=coop", "--shots=2", "--epochs=1", "--batch=3"]
+    small = [f"--data={photos}", "--backbone=bundled", "--method=coop", "--shots=2", "--epochs=2", "--batch=3"]
     cdc_json("train", *small, f"--out={tmp_path / 'run'}")
     assert asked == []
     cdc_json("train", *small, "--compile", f"--out={tmp_path / 'run'}")
@@ -100,7 +100,7 @@ def test_a_protocol_compiles_if_asked_and_counts_the_results_as_the_same(cdc_jso
     asked = []
     monkeypatch.setattr(Method, "compile", lambda model, **options: asked.append(options))
     small = [f"--datasets=[{photos}]", "--backbone=bundled", "--methods=[coop]", "--seeds=[1]", "--shots=1"]
-    arguments = ("protocol", "few-shot", *small, "--epochs=1", "--settings={}", f"--out={tmp_path / 'run'}")
+    arguments = ("protocol", "few-shot", *small, "--epochs=2", "--settings={}", f"--out={tmp_path / 'run'}")
     cdc_json(*arguments, "--compile")
     assert asked == [{"fullgraph": True}]
     cdc_json(*arguments)

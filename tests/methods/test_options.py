@@ -30,6 +30,8 @@ NAN = float("nan")
         (CDC, {"n_templates": 1.5, "views": None}, "n_templates"),
         (CDC, {"views": 5}, "views"),
         (CDC, {"views": "none"}, "views"),
+        (CDC, {"n_templates": 5}, "views: expected one augmentation per template \\(5\\), or views=None"),
+        (CDC, {"n_templates": 2, "views": ["none", "colour", "rotation"]}, "views"),
         (CDC, {"views": [1, 2, 3, 4]}, "names"),
         (CDC, {"hand_crafted": 5}, "hand_crafted"),
         (CDC, {"trusted": "false"}, "trusted"),
@@ -57,6 +59,13 @@ NAN = float("nan")
 def test_an_option_out_of_range_is_named(method, options, argument, backbone):
     with pytest.raises(ValueError, match=f"^{argument}"):
         method(backbone, CLASSES, **options)
+
+
+def test_default_views_are_as_many_as_the_templates(backbone):
+    for count in (1, 2, 4):
+        model = CDC(backbone, CLASSES, depth=2, n_templates=count)
+        assert model.options["views"] == ["none", "colour", "rotation", "blur"][:count]
+        assert model.text_features().shape[0] == count
 
 
 @pytest.mark.parametrize("name", METHODS)
