@@ -14,24 +14,20 @@ from cdc_ops.backends import LossForm, Problem, weighted_sum
 from cdc_ops.dirichlet import RowSums
 from cdc_ops.fusion import confidence_weight, evidence_weight
 
-EPS = 1e-12
 
-
-def inverse_length(x: Tensor, norm: Tensor | None) -> Tensor:
-    """``1 / |x|`` over the last dimension, float32, without gradient: the kernels know what it depends on."""
-    if norm is None:
-        norm = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32)
-    return norm.float().clamp_min(EPS).reciprocal()
+def length(x: Tensor, norm: Tensor | None) -> Tensor:
+    """``|x|`` over the last dimension, float32, without gradient: the kernels know what it depends on."""
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32) if norm is None else norm
 
 
 def arguments(problem: Problem) -> tuple[Tensor | None, ...]:
-    """image, text, scale, bias and inverse lengths, as the operators take them."""
+    """image, text, scale, bias and lengths, as the operators take them."""
     dtype = torch.promote_types(problem.image.dtype, problem.text.dtype)
     image, text = problem.image.to(dtype), problem.text.to(dtype)
-    inverse: tuple[Tensor | None, Tensor | None] = (None, None)
+    lengths: tuple[Tensor | None, Tensor | None] = (None, None)
     if problem.normalize:
-        inverse = inverse_length(image, problem.image_norm), inverse_length(text, problem.text_norm)
-    return image, text, problem.scale, problem.bias, *inverse
+        lengths = length(image, problem.image_norm), length(text, problem.text_norm)
+    return image, text, problem.scale, problem.bias, *lengths
 
 
 def rule_weight(problem: Problem, inputs: tuple[Tensor | None, ...]) -> Tensor | None:

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from cdc_kernels.fused_opinion import (
     EPS,
+    SHORT,
     cosine_tile,
     fuse_tile,
     fused_slope_tile,
@@ -83,7 +84,7 @@ def slope_kernel(
 
 @triton.jit
 def project_kernel(
-    g_ptr, x_ptr, inverse_ptr, out_ptr, N, D, g_o, g_n, x_o, x_n, inverse_o, inverse_n, out_o, out_n,
+    g_ptr, x_ptr, length_ptr, out_ptr, N, D, g_o, g_n, x_o, x_n, length_o, length_n, out_o, out_n,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``out = g - <g, x> x / |x|^2`` over [outer, N, D]: the gradient by x of its direction alone. g may be out."""
@@ -92,7 +93,8 @@ def project_kernel(
     d = tl.arange(0, BLOCK_D)
     live = n < N
     rows = n.to(tl.int64)
-    inverse = tl.load(inverse_ptr + o * inverse_o + rows * inverse_n, mask=live, other=1.0)
+    length = tl.load(length_ptr + o * length_o + rows * length_n, mask=live, other=1.0)
+    inverse = 1.0 / tl.maximum(length, EPS)
     g_ptrs = g_ptr + o * g_o + rows[:, None] * g_n + d[None, :]
     x_ptrs = x_ptr + o * x_o + rows[:, None] * x_n + d[None, :]
     out_ptrs = out_ptr + o * out_o + rows[:, None] * out_n + d[None, :]
@@ -101,8 +103,7 @@ def project_kernel(
         mask = live[:, None] & (d < D - start)[None, :]
         g = tl.load(g_ptrs + start, mask=mask, other=0.0)
         along += tl.sum(g * tl.load(x_ptrs + start, mask=mask, other=0.0).to(tl.float32), 1)
-    # below EPS a vector is divided by the constant EPS: nothing to take away
-    along = tl.where(inverse * EPS < 1.0, along * inverse * inverse, 0.0)
+    along = tl.where(inverse * EPS < SHORT, along * inverse * inverse, 0.0)
     for start in range(0, D, BLOCK_D):
         mask = live[:, None] & (d < D - start)[None, :]
         g = tl.load(g_ptrs + start, mask=mask, other=0.0)

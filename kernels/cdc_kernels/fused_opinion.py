@@ -32,6 +32,8 @@ from cdc_kernels.special import NOTHING, log1p, log_expm1, log_or_nothing, logad
 #: for the backward kernels, the loss's gradients by these four, without KL's value: 3 values, 4 gradients.
 TOTAL, LOG_TARGET, LOG_SQUARE, KL_SUM = 0, 1, 2, 3
 EPS = tl.constexpr(1e-12)  # F.normalize's floor for a length
+#: A vector shorter than the floor (its inverse length times EPS is 1, to rounding) is divided by a constant.
+SHORT = tl.constexpr(0.9999)
 
 
 @triton.jit
@@ -109,8 +111,8 @@ def cosine_tile(
     xi = tl.full((BLOCK_B,), 1.0, tl.float32)
     ti = tl.full((PROMPTS * BLOCK_K,), 1.0, tl.float32)
     if NORMALIZE:
-        xi = tl.load(xi_ptr + rows * xi_b + m * xi_m)
-        ti = tl.load(ti_ptr + prompts.to(tl.int64) * K + cols)
+        xi = 1.0 / tl.maximum(tl.load(xi_ptr + rows * xi_b + m * xi_m), EPS)
+        ti = 1.0 / tl.maximum(tl.load(ti_ptr + prompts.to(tl.int64) * K + cols), EPS)
         cosine = cosine * xi[:, None] * ti[None, :]
     return cosine, xi, ti
 
@@ -543,8 +545,7 @@ def image_kernel(
         mask = row_live[:, None] & (d < D)[None, :]
         acc = acc * inverse[:, None]
         if NORMALIZE:
-            # below EPS a vector is divided by the constant EPS: nothing to take away
-            along = tl.where(inverse * EPS < 1.0, along * inverse * inverse, 0.0)
+            along = tl.where(inverse * EPS < SHORT, along * inverse * inverse, 0.0)
             x_ptrs = x_ptr + m0.to(tl.int64) * x_m + safe_rows.to(tl.int64)[:, None] * x_b + d[None, :]
             acc -= along[:, None] * tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
         at = (
@@ -607,7 +608,7 @@ def text_kernel(
     mask = col_live[:, None] & (d < D)[None, :]
     acc = acc * inverse[:, None]
     if NORMALIZE:
-        along = tl.where(inverse * EPS < 1.0, along * inverse * inverse, 0.0)
+        along = tl.where(inverse * EPS < SHORT, along * inverse * inverse, 0.0)
         t_ptrs = t_ptr + m.to(tl.int64) * t_m + safe_cols.to(tl.int64)[:, None] * t_k + d[None, :]
         acc -= along[:, None] * tl.load(t_ptrs, mask=mask, other=0.0).to(tl.float32)
     at = g_text_ptr + (m.to(tl.int64) * K + cols.to(tl.int64))[:, None] * D + d[None, :]

@@ -36,8 +36,8 @@ KINDS = {
 RATIO_NUMBERS = 2**22
 #: So many partial row sums (16 MB) are kept at a time.
 PARTIAL_NUMBERS = 2**22
-#: The running top-k looks at so many classes at a time, and never at more than a quarter of them.
-TOPK_COLUMNS = 4096
+#: The running top-k looks at so many classes or log ratios (4 MB) at a time, and never at more than half of them.
+TOPK_COLUMNS, TOPK_NUMBERS = 4096, 2**20
 FINISH_ROWS, FINISH_TILES = 32, 32
 PROJECT_ROWS, PROJECT_FEATURES = 16, 128
 
@@ -46,7 +46,7 @@ PROJECT_ROWS, PROJECT_FEATURES = 16, 128
 class Inputs:
     """What every kernel of the family reads.
 
-    image [B, D] or [B, M, D] and text [M, K, D] of one dtype; float32: scale and bias [M], inverse lengths [B]
+    image [B, D] or [B, M, D] and text [M, K, D] of one dtype; float32: scale and bias [M], lengths [B]
     or [B, M] and [M, K] or None (features taken as they are), weight [B, M] of the weighted rule; target [B], -1 for
     none of the K. classes: of the whole opinion, where text holds a shard of it; 0 stands for K.
     """
@@ -55,8 +55,8 @@ class Inputs:
     text: Tensor
     scale: Tensor
     bias: Tensor | None
-    image_inverse: Tensor | None
-    text_inverse: Tensor | None
+    image_length: Tensor | None
+    text_length: Tensor | None
     weight: Tensor | None
     target: Tensor | None
     activation: str
@@ -74,8 +74,8 @@ class Inputs:
             "image": [[B, D], [B, M, D]],
             "scale": [[M]],
             "bias": [[M]],
-            "image_inverse": [[B], [B, M]],
-            "text_inverse": [[M, self.text.shape[1]]],
+            "image_length": [[B], [B, M]],
+            "text_length": [[M, self.text.shape[1]]],
             "weight": [[B, M]],
             "target": [[B]],
         }
@@ -133,7 +133,7 @@ class Call:
         B, M, K, D = i.sizes
         classes = i.classes or K
         x, t, dummy = unit_last(i.image), unit_last(i.text), i.scale
-        xi = dummy if i.image_inverse is None else i.image_inverse
+        xi = dummy if i.image_length is None else i.image_length
         return cls(
             image=x,
             text=t,
@@ -143,7 +143,7 @@ class Call:
                 "scale_ptr": i.scale.contiguous(),
                 "bias_ptr": dummy if i.bias is None else i.bias.contiguous(),
                 "xi_ptr": xi,
-                "ti_ptr": dummy if i.text_inverse is None else i.text_inverse.contiguous(),
+                "ti_ptr": dummy if i.text_length is None else i.text_length.contiguous(),
                 "weight_ptr": dummy if i.weight is None else i.weight.t().contiguous(),
                 "target_ptr": dummy if i.target is None else i.target.contiguous(),
             },
@@ -171,7 +171,7 @@ class Call:
                 "SQUARE": i.square,
                 "KL": i.kl,
                 "HAS_BIAS": i.bias is not None,
-                "NORMALIZE": i.image_inverse is not None,
+                "NORMALIZE": i.image_length is not None,
                 "UPCAST": INTERPRETED,
                 "PRECISION": "tf32" if i.tf32 else "ieee",
             },
@@ -403,7 +403,8 @@ def topk(i: Inputs, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     def launch(choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
         path, config = choice
-        columns = triton.cdiv(max(k, min(TOPK_COLUMNS, triton.cdiv(K, 4))), config.classes) * config.classes
+        most = min(max(TOPK_COLUMNS, TOPK_NUMBERS // B), triton.cdiv(K, 2))
+        columns = triton.cdiv(max(k, most), config.classes) * config.classes
         ratio, best, at = i.scale.new_empty((B, min(columns, K))), values, classes
         for first, here in forward(call, config, path, sums, True, ratio, columns):
             assert here is not None
@@ -586,20 +587,20 @@ def chunk_gradients(
             elif text_buffer:
                 mine.copy_(g_text)
     if out.image is not None and call.flags["NORMALIZE"]:
-        inverse = call.tensors["xi_ptr"]
+        lengths = call.tensors["xi_ptr"]
         if call.image.dim() == 2:
-            project(out.image[None], call.image[None], inverse[None], out.image[None])
+            project(out.image[None], call.image[None], lengths[None], out.image[None])
         else:
             mine = out.image.transpose(0, 1)  # prompts outside: a grid may have any size along x alone
-            project(mine, call.image.transpose(0, 1), inverse.t(), mine)
+            project(mine, call.image.transpose(0, 1), lengths.t(), mine)
 
 
-def project(g: Tensor, x: Tensor, inverse: Tensor, out: Tensor) -> None:
-    """Launch ``out = g - <g, x> x / |x|^2`` over [outer, N, D] and inverse lengths [outer, N]; g may be out."""
+def project(g: Tensor, x: Tensor, lengths: Tensor, out: Tensor) -> None:
+    """Launch ``out = g - <g, x> x / |x|^2`` over [outer, N, D], with lengths [outer, N] of x; g may be out."""
     outer, N, D = g.shape
     project_kernel[(triton.cdiv(N, PROJECT_ROWS), outer)](
-        g, x, inverse, out, N, D,
-        g.stride(0), g.stride(1), x.stride(0), x.stride(1), inverse.stride(0), inverse.stride(1),
+        g, x, lengths, out, N, D,
+        g.stride(0), g.stride(1), x.stride(0), x.stride(1), lengths.stride(0), lengths.stride(1),
         out.stride(0), out.stride(1),
         BLOCK_N=PROJECT_ROWS, BLOCK_D=PROJECT_FEATURES, num_warps=4,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from cdc_kernels.launch import Inputs
 
 #: What :class:`cdc_kernels.launch.Inputs` holds, in its order; the operators take it apart into their arguments.
 INPUTS = (
-    "Tensor image, Tensor text, Tensor scale, Tensor? bias, Tensor? image_inverse, Tensor? text_inverse, "
+    "Tensor image, Tensor text, Tensor scale, Tensor? bias, Tensor? image_length, Tensor? text_length, "
     "Tensor? weight, Tensor? target, str activation, str rule, float prior_weight, "
     "int classes, bool square, bool kl"
 )

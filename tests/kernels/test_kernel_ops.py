@@ -42,9 +42,9 @@ def inputs(B=2, M=2, K=5, D=6, grad=True, bias=True):
     g = torch.Generator(DEVICE).manual_seed(0)
     x, t = torch.randn(B, D, generator=g), torch.randn(M, K, D, generator=g)
     scale, shift = torch.linspace(1, 3, M), torch.linspace(-1, 1, M) if bias else None
-    inverse = 1 / x.norm(dim=-1), 1 / t.norm(dim=-1)
+    lengths = x.norm(dim=-1), t.norm(dim=-1)
     leaves = [v if v is None else v.requires_grad_(grad) for v in (x, t, scale, shift)]
-    return *leaves, *inverse
+    return *leaves, *lengths
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -262,8 +262,8 @@ def test_targets_out_of_range(target):
         (0, torch.ones(2, 6).half(), "image must have the dtype of text"),
         (2, torch.ones(3), "scale must have shape"),
         (3, torch.ones(1), "bias must have shape"),
-        (4, torch.ones(3), "image_inverse must have shape"),
-        (5, torch.ones(2, 4), "text_inverse must have shape"),
+        (4, torch.ones(3), "image_length must have shape"),
+        (5, torch.ones(2, 4), "text_length must have shape"),
         (6, torch.ones(2, 3), "weight must have shape"),
         (7, torch.tensor([0]), "target must have shape"),
         (7, torch.zeros(2, dtype=torch.long, device="meta"), f"target must have shape .* on {DEVICE}"),
