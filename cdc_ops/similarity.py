@@ -43,6 +43,10 @@ def make_problem(
     prior_weight = checks.prior_weight(prior_weight, K)
     if readings is None:
         mine.read()
+    # lengths of lower precision would cost float64 its digits
+    image_norm, text_norm = (
+        x if normalize and x is not None and x.dtype == dtype else None for x in (image_norm, text_norm)
+    )
     return Problem(
         image=image,
         text=text,
@@ -54,8 +58,8 @@ def make_problem(
         classes=K,
         normalize=bool(normalize),
         dtype=dtype,
-        image_norm=image_norm if normalize and image_norm is not None and image_norm.dtype == dtype else None,
-        text_norm=text_norm if normalize and text_norm is not None and text_norm.dtype == dtype else None,
+        image_norm=image_norm,
+        text_norm=text_norm,
     )
 
 

@@ -45,6 +45,7 @@ FUSED = {
     "epilogue": (fused_opinion.forward_kernel, "epilogue", ("fp32",)),
     "slope": (chunks.slope_kernel, "slope", ("bf16", "fp32")),
 }
+PACKED = ("forward_2", "forward_4")
 WITH_PRODUCTS = ("forward", "forward_2", "forward_4", "image", "text")
 SMALL = {
     "finish": fused_opinion.finish_kernel,
@@ -94,14 +95,18 @@ SMALL_CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 #: The launcher makes a size of 1 a constant; a kernel must not take it for a tensor then.
-ONES = {"B", "M", "K", "D", "last", "tiles", "N"}
+ONES = {"B", "M", "K", "D", "last", "tiles", "N", "group"}
 INTEGERS = {"total", "N", "B", "M", "K", "D", "R", "first", "last", "tiles", "group", "span"}
 FLOATS = {"top", "kl_weight", "log_w", "log_share", "log_share_of_class", "log_others"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of one kernel says. Spilled registers count in bytes of stack."""
+    """What the machine code of one kernel says. Spilled registers count in bytes of stack.
+
+    spills_in_loop: loads and stores of these in the innermost loop of matrix instructions; None where there is none, or
+    for AMD, whose code is not read so closely.
+    """
 
     kernel: str
     case: str
@@ -112,6 +117,7 @@ class Report:
     stack: int
     matrix_instructions: int
     instructions: int
+    spills_in_loop: int | None
     warp: int
 
 
@@ -140,12 +146,15 @@ def source(kernel: str, case: str, dtype: str, arch: str) -> tuple[ASTSource, di
         **flags,
     }
     features = {"t_ptr", "g_text_ptr", "g_t_ptr", "slope_ptr"} | ({"x_ptr"} if kernel in WITH_PRODUCTS else set())
+    ones = {"tiles"} if flags["WHOLE"] else set()
+    if flags.get("ONES") or case == "sizes of one":
+        ones = ONES - {"M"} if kernel in PACKED else ONES
     signature, constexprs, attrs = {}, {}, {}
     for at, name in enumerate(function.arg_names):
         stride = name.islower() and name[-2:-1] == "_" and name not in FLOATS
         if name.endswith("_ptr"):
             signature[name] = "*i64" if name == "target_ptr" else f"*{dtype if name in features else 'fp32'}"
-        elif name in ONES and (flags.get("ONES") or case == "sizes of one"):
+        elif name in ones:
             signature[name] = "constexpr"
             constexprs[(at,)] = 1
         elif name in INTEGERS or stride:
@@ -194,17 +203,29 @@ def disassemble(cubin: bytes) -> str:
     return _dump(cubin, "-sass")
 
 
-def _read_cubin(cubin: bytes, instruction: str) -> tuple[int, int, int, int]:
-    """Registers, stack bytes, and the numbers of matrix instructions and of instructions in all of a cubin."""
+def _read_cubin(cubin: bytes, instruction: str) -> tuple[int, int, int, int, int | None]:
+    """Registers, stack bytes, and the numbers of matrix instructions, of all, and of spills in a loop, of a cubin."""
     usage, code = _dump(cubin, "-res-usage"), disassemble(cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     count = len(re.findall(rf"\b{instruction}\.", code))
     every = len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+[^/\s]", code)) - code.count(" NOP")
-    return int(found[1]), int(found[2]), count, every
+    return int(found[1]), int(found[2]), count, every, _spills_in_loop(code, instruction)
 
 
-def _read_amdgcn(text: str, instruction: str) -> tuple[int, int, int, int]:
+def _spills_in_loop(code: str, instruction: str) -> int | None:
+    """Loads and stores of local memory in the shortest loop that holds a matrix instruction, or None."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^/\s].*)", code)]
+    products = [at for at, text in lines if f"{instruction}." in text]
+    jumps = [(int(to[1], 16), at) for at, text in lines if (to := re.search(r"\bBRA\b[^;]*0x([0-9a-f]+)", text))]
+    loops = [(at - to, to, at) for to, at in jumps if any(to <= product <= at for product in products)]
+    if not loops:
+        return None
+    _, first, last = min(loops)
+    return sum(first <= at <= last and ("LDL" in text or "STL" in text) for at, text in lines)
+
+
+def _read_amdgcn(text: str, instruction: str) -> tuple[int, int, int, int, None]:
     """Vector registers, scratch bytes, and the numbers of matrix instructions and of all, of AMD assembly."""
 
     def metadata(name: str) -> int:
@@ -213,13 +234,12 @@ def _read_amdgcn(text: str, instruction: str) -> tuple[int, int, int, int]:
 
     count = len(re.findall(rf"\bv_{instruction}_", text))
     every = len(re.findall(r"^\s+[a-z]+_\w+", text, re.MULTILINE))
-    return metadata("vgpr_count"), metadata("private_segment_fixed_size"), count, every
+    return metadata("vgpr_count"), metadata("private_segment_fixed_size"), count, every, None
 
 
 def exists(kernel: str, case: str) -> bool:
-    """Whether a fused kernel is used so: with KL prompts are taken one by one, and of one prompt there is no pair."""
-    flags = (MODES | VARIANTS)[case]
-    return kernel not in ("forward_2", "forward_4") or not (flags.get("KL") or flags.get("ONES"))
+    """Whether a fused kernel is used so: with KL prompts are taken one by one."""
+    return kernel not in PACKED or not (MODES | VARIANTS)[case].get("KL")
 
 
 def everything() -> Iterator[tuple[str, str, str, str]]:

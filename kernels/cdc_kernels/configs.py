@@ -107,7 +107,7 @@ _tuned: dict[tuple[object, ...], Choice] = {}
 # Estimated for an H100, not measured: waits for a GPU. The arithmetic is in benches/NOTES.md.
 
 PATHS = ("tiles", "chunks")
-#: Bytes of the workspace of the second path. A chunk of classes takes its ten calls, so it should be worth them.
+#: Bytes of the workspace of the second path. A chunk of classes takes nine calls, so it should be worth them.
 WORKSPACE = 64 * 2**20
 #: Share of the peak rate that matrix products reach: a library's, and tiles' that the L2 cache feeds fast enough.
 LIBRARY_SHARE, TILE_SHARE = 0.7, 0.6
@@ -184,29 +184,45 @@ def seconds(
     # float16 would lose small gradients: tiles multiply those through tf32, the library in float32
     half = dtype == torch.bfloat16
     if path == "chunks":
-        chunks = math.ceil(logits * (4 + 2 * half) / WORKSPACE)
         product = 2 * D * logits / LIBRARY_SHARE
         if direction == "forward":
+            chunks = math.ceil(K / chunk_of(K, bytes_a_class(B, M, D)))
             return max(product / rate + 8 * logits / BANDWIDTH, 3 * chunks * CALL)
+        # gradients of 16-bit text features are made in float32, and float16's are made by float32 copies of these
+        copies = (dtype.itemsize == 2 and sides > 0) + (dtype == torch.float16 and sides > 1)
+        chunks = math.ceil(K / chunk_of(K, bytes_a_class(B, M, D, half, copies)))
         products = product / rate + sides * product / (rate if half else MATRIX_RATE[single])
-        traffic = (12 + (2 if half else 4) * (1 + sides)) * logits / BANDWIDTH
+        traffic = (12 + (2 if half else 4) * (1 + sides)) * logits + 12 * copies * M * K * D
         slopes = logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE
-        return max(products + traffic + slopes, (3 + 3 * sides) * chunks * CALL)
+        return max(products + traffic / BANDWIDTH + slopes, (3 + 3 * sides) * chunks * CALL)
     kind = "gradient" if direction == "backward" else forward_kind(M, dtype.itemsize)
     config = default(kind, "cuda90", dtype.itemsize)
     rows, columns = math.ceil(B / config.images), math.ceil(K / config.classes)
     product = 2 * D * M * rows * config.images * columns * config.classes
     if direction == "forward":
-        busy = min(1, rows * columns / PROGRAMS)
+        busy = min(1, max(1, rows * columns) / PROGRAMS)
         return max(product / (tile_rate(config, dtype.itemsize, rate) * busy), 2 * CALL)
-    # each side makes the logits again for every slice of features; and once more for a fused opinion
-    slices = math.ceil(D / config.out)
-    busy = min(1, slices * columns * min(rows, M) / PROGRAMS)
+    # each side makes the logits again for every slice of features (what is not of features, once); and once more for
+    # a fused opinion
+    slices = math.ceil(D / config.out) if sides else 1
+    times = max(1, sides) * slices
+    busy = min(1, max(1, slices * columns * min(rows, M)) / PROGRAMS)
     gradient = MATRIX_RATE["tf32"] if dtype == torch.float16 else rate
-    products = (sides * slices + again) * product / tile_rate(config, dtype.itemsize, rate)
+    products = (times + again) * product / tile_rate(config, dtype.itemsize, rate)
     products += sides * product / tile_rate(config, dtype.itemsize, gradient)
-    slopes = sides * slices * logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE
-    return max((products + slopes) / busy, (again + sides) * CALL)
+    slopes = times * logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE
+    return max((products + slopes) / busy, (again + max(1, sides)) * CALL)
+
+
+def bytes_a_class(B: int, M: int, D: int, half: bool = False, copies: int = 0) -> int:
+    """Of the workspace: products; their gradients in bf16, if half; copies in float32 of text features."""
+    return M * ((6 if half else 4) * B + 4 * D * copies)
+
+
+def chunk_of(K: int, size: int, limit: int | None = None, tile: int = 64) -> int:
+    """Classes of so many bytes each that fit a limit, that of the workspace by default: whole tiles, at least one."""
+    limit = WORKSPACE if limit is None else limit
+    return min(K, max(1, limit // max(1, size * tile)) * tile)
 
 
 def tile_rate(config: Config, itemsize: int, rate: float) -> float:

@@ -36,7 +36,8 @@ KINDS = {
 RATIO_NUMBERS = 2**22
 #: So many partial row sums (16 MB) are kept at a time.
 PARTIAL_NUMBERS = 2**22
-#: The running top-k looks at so many classes or log ratios (4 MB) at a time, and never at more than half of them.
+#: The running top-k looks at so many classes at a time, and at no more than a quarter of them; or at half of them, if
+#: these are no more than so many log ratios (4 MB).
 TOPK_COLUMNS, TOPK_NUMBERS = 4096, 2**20
 FINISH_ROWS, FINISH_TILES = 32, 32
 PROJECT_ROWS, PROJECT_FEATURES = 16, 128
@@ -74,7 +75,7 @@ class Inputs:
             "image": [[B, D], [B, M, D]],
             "scale": [[M]],
             "bias": [[M]],
-            "image_length": [[B], [B, M]],
+            "image_length": [list(self.image.shape[:-1])],
             "text_length": [[M, self.text.shape[1]]],
             "weight": [[B, M]],
             "target": [[B]],
@@ -211,11 +212,6 @@ class Call:
             "num_stages": config.num_stages,
         }
 
-    def columns(self, bytes_a_class: int, limit: int, config: Config) -> int:
-        """Classes of a chunk that takes at most ``limit`` bytes: whole tiles, at least one."""
-        K = self.sizes["K"]
-        return min(K, max(1, limit // (bytes_a_class * config.classes)) * config.classes)
-
     @property
     def half(self) -> bool:
         """Gradients are multiplied as bf16, whose range is float32's. float16 would lose small ones."""
@@ -346,9 +342,10 @@ def forward(
     _, R, B = sums.shape
     M, K = call.sizes["M"], call.sizes["K"]
     planes = 4 if call.flags["SQUARE"] or call.flags["KL"] else 1
-    limit = call.columns(1, PARTIAL_NUMBERS // (planes * R * B) * config.classes, config)
+    D, tile = call.sizes["D"], config.classes
+    limit = configs.chunk_of(K, 1, PARTIAL_NUMBERS // (planes * R * B) * tile, tile)
     if path == "chunks":
-        limit = min(limit, call.columns(4 * M * B, configs.WORKSPACE, config))
+        limit = min(limit, configs.chunk_of(K, configs.bytes_a_class(B, M, D), tile=tile))
     columns = min(columns, limit) if columns else limit
     whole = config.classes >= K
     partial = sums if whole else sums.new_empty((planes, R, triton.cdiv(columns, config.classes), B))
@@ -403,7 +400,7 @@ def topk(i: Inputs, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     def launch(choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
         path, config = choice
-        most = min(max(TOPK_COLUMNS, TOPK_NUMBERS // B), triton.cdiv(K, 2))
+        most = max(min(TOPK_COLUMNS, triton.cdiv(K, 4)), min(TOPK_NUMBERS // B, triton.cdiv(K, 2)))
         columns = triton.cdiv(max(k, most), config.classes) * config.classes
         ratio, best, at = i.scale.new_empty((B, min(columns, K))), values, classes
         for first, here in forward(call, config, path, sums, True, ratio, columns):
@@ -463,9 +460,10 @@ def tile_gradients(
 ) -> None:
     """Tiles multiply for themselves; the fused log ratio, if not at hand, is made again for a chunk of classes."""
     B, M, K, D = (call.sizes[name] for name in "BMKD")
-    forward_config = call.config("forward")
+    # the fused log ratio alone: whatever the loss, by the widest product
+    plain = dataclasses.replace(call, flags=call.flags | {"TARGET": False, "SQUARE": False, "KL": False})
     again = fused and ratio is None
-    columns = call.columns(B, RATIO_NUMBERS, config) if again else K
+    columns = configs.chunk_of(K, B, RATIO_NUMBERS, config.classes) if again else K
     if again or ratio is None:
         ratio = planes.new_empty((B, columns) if again else (1, 1))
     shared = call.image.dim() == 2
@@ -474,12 +472,13 @@ def tile_gradients(
     features = out.image is not None
     groups = 1 if shared and features else M
     rows_grid, image_slices = triton.cdiv(B, config.images), slices if features else 1
-    splits = min(triton.cdiv(columns, config.classes), max(1, configs.PROGRAMS // (rows_grid * groups * image_slices)))
+    splits = triton.cdiv(configs.PROGRAMS, rows_grid * groups * image_slices)
+    splits = min(splits, triton.cdiv(columns, config.classes))
     g_image, g_rows = (None if x is None else parts_of(x, splits) for x in (out.image, out.rows))
     for first in range(0, K, columns):
         last = min(first + columns, K)
         if again:
-            run_forward(call, forward_config, first=first, last=last, fused=True, ratio=ratio)
+            run_forward(plain, plain.config("forward"), first=first, last=last, fused=True, ratio=ratio)
         common = {
             **call.tensors,
             "planes_ptr": planes,
@@ -536,8 +535,8 @@ def chunk_gradients(
     gradient_dtype = torch.bfloat16 if call.half else torch.float32
     text_buffer = out.text is not None and out.text.dtype != torch.float32
     text_copy = out.image is not None and call.text.dtype != gradient_dtype
-    bytes_a_class = M * ((6 if call.half else 4) * B + 4 * D * (text_buffer + text_copy))
-    columns = call.columns(bytes_a_class, configs.WORKSPACE, config)
+    size = configs.bytes_a_class(B, M, D, call.half, text_buffer + text_copy)
+    columns = configs.chunk_of(K, size, tile=config.classes)
     work = planes.new_empty(M * B * columns)
     halves = planes.new_empty(M * B * columns if call.half else 0, dtype=torch.bfloat16)
     buffer = planes.new_empty(M * columns * D if text_buffer else 0)

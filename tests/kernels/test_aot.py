@@ -15,10 +15,11 @@ triton = pytest.importorskip("triton")
 from cdc_kernels import aot, chunks, decoupling, fused_opinion, fusion, row_loss  # noqa: E402
 
 COMMITTED = Path(__file__).parents[2] / "benches/results/aot/aot.json"
-#: Stated bounds on spilled registers, bytes for each thread: KL's gamma functions spill, and so do the addresses of
-#: features whose size is odd. Sizes of one are compiled to see that they compile.
-STACK = 320
-STACK_OF_CASE = {"opinion, odd D": 800, "loss, sizes of one": 640}
+#: Stated bounds on spilled registers, bytes for each thread: KL's gamma functions spill, wide tiles do beside their
+#: loop of products (never in it), and so do the addresses of features whose size is odd. Sizes of one are compiled to
+#: see that they compile.
+STACK = 480
+STACK_OF_CASE = {"opinion, odd D": 880, "loss, sizes of one": 680}
 
 
 def check(report):
@@ -27,6 +28,7 @@ def check(report):
     assert report["shared"] <= shared, report
     assert report["stack"] <= STACK_OF_CASE.get(report["case"], STACK), report
     assert report["warp"] == (64 if report["target"] == "gfx942" else 32), report
+    assert not report["spills_in_loop"] or report["case"] == "opinion, odd D", report
     products = report["kernel"] in aot.WITH_PRODUCTS and (report["dtype"] != "fp32" or report["target"] == "gfx942")
     assert (report["matrix_instructions"] > 0) == products, report
 
@@ -82,7 +84,7 @@ def compare(reports):
 
 SAMPLE = {
     "cuda80": ["forward/loss digamma, log/bf16/cuda80", "epilogue/opinion/*/cuda80"],
-    "cuda90": ["forward/opinion/bf16/cuda90", "slope/loss digamma, log/bf16/cuda90", "project//*/cuda90"],
+    "cuda90": ["forward_4/opinion/bf16/cuda90", "slope/loss digamma, log/bf16/cuda90", "project//*/cuda90"],
     "gfx942": ["text/loss digamma, log/bf16/gfx942", "fuse_forward/dempster/*/gfx942"],
 }
 

@@ -23,10 +23,17 @@ bf16 = torch.bfloat16
         ("backward", (1024, 4, 21841, 128), bf16, "tiles"),  # one slice
         ("forward", (1024, 4, 21841, 2048), torch.float32, "chunks"),  # no tensor cores: products are what counts
         ("backward", S2, torch.float32, "chunks"),
+        ("backward", (32, 4, 21841, 512), torch.float16, "tiles"),  # chunks of few images are mostly text
     ],
 )
 def test_the_rule(direction, sizes, dtype, expected):
     assert configs.path(direction, *sizes, dtype) == expected
+
+
+def test_nothing_takes_some_time_too():
+    for direction, sides in (("forward", 2), ("backward", 2), ("backward", 0)):
+        for each in configs.PATHS:
+            assert 0 < configs.seconds(each, direction, 0, 1, 5, 8, bf16, sides, again=False) < 1e-3
 
 
 def test_the_rule_asks_no_device_and_is_monotonic_in_d():

@@ -263,6 +263,7 @@ def test_targets_out_of_range(target):
         (2, torch.ones(3), "scale must have shape"),
         (3, torch.ones(1), "bias must have shape"),
         (4, torch.ones(3), "image_length must have shape"),
+        (4, torch.ones(2, 2), "image_length must have shape"),
         (5, torch.ones(2, 4), "text_length must have shape"),
         (6, torch.ones(2, 3), "weight must have shape"),
         (7, torch.tensor([0]), "target must have shape"),
