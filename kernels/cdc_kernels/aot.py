@@ -46,7 +46,7 @@ FUSED = {
     "slope": (chunks.slope_kernel, "slope", ("bf16", "fp32")),
 }
 PACKED = ("forward_2", "forward_4")
-WITH_PRODUCTS = ("forward", "forward_2", "forward_4", "image", "text")
+WITH_PRODUCTS = ("forward", *PACKED, "image", "text")
 SMALL = {
     "finish": fused_opinion.finish_kernel,
     "project": chunks.project_kernel,

@@ -186,11 +186,11 @@ def seconds(
     if path == "chunks":
         product = 2 * D * logits / LIBRARY_SHARE
         if direction == "forward":
-            chunks = math.ceil(K / chunk_of(K, bytes_a_class(B, M, D)))
+            chunks = math.ceil(K / chunk_of(K, bytes_a_class(B, M, D), WORKSPACE))
             return max(product / rate + 8 * logits / BANDWIDTH, 3 * chunks * CALL)
         # gradients of 16-bit text features are made in float32, and float16's are made by float32 copies of these
         copies = (dtype.itemsize == 2 and sides > 0) + (dtype == torch.float16 and sides > 1)
-        chunks = math.ceil(K / chunk_of(K, bytes_a_class(B, M, D, half, copies)))
+        chunks = math.ceil(K / chunk_of(K, bytes_a_class(B, M, D, half, copies), WORKSPACE))
         products = product / rate + sides * product / (rate if half else MATRIX_RATE[single])
         traffic = (12 + (2 if half else 4) * (1 + sides)) * logits + 12 * copies * M * K * D
         slopes = logits * SLOPE_INSTRUCTIONS / INSTRUCTION_RATE
@@ -219,9 +219,8 @@ def bytes_a_class(B: int, M: int, D: int, half: bool = False, copies: int = 0) -
     return M * ((6 if half else 4) * B + 4 * D * copies)
 
 
-def chunk_of(K: int, size: int, limit: int | None = None, tile: int = 64) -> int:
-    """Classes of so many bytes each that fit a limit, that of the workspace by default: whole tiles, at least one."""
-    limit = WORKSPACE if limit is None else limit
+def chunk_of(K: int, size: int, limit: int, tile: int = 64) -> int:
+    """Classes of so many bytes (or numbers) each that fit a limit: whole tiles, at least one."""
     return min(K, max(1, limit // max(1, size * tile)) * tile)
 
 

@@ -46,15 +46,6 @@ def operand(x, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def repeat(x, TIMES: tl.constexpr, SIZE: tl.constexpr):
-    """x [SIZE] so many times, one after the other."""
-    if TIMES == 1:
-        return x
-    else:
-        return tl.reshape(tl.broadcast_to(x[None, :], (TIMES, SIZE)), (TIMES * SIZE,))
-
-
-@triton.jit
 def part_of(x, at: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Part ``at`` of 1, 2 or 4 that lie side by side in x [ROWS, PARTS * COLUMNS]."""
     if PARTS == 1:
@@ -90,7 +81,7 @@ def cosine_tile(
     prompts = m
     if PROMPTS > 1:
         prompts = m + tl.arange(0, PROMPTS * BLOCK_K) // BLOCK_K
-        cols = repeat(cols, PROMPTS, BLOCK_K)
+        cols = tl.reshape(tl.broadcast_to(cols[None, :], (PROMPTS, BLOCK_K)), (PROMPTS * BLOCK_K,))
     if LOADED:
         # others may have written here already where a tile reaches over the edge
         at = x_ptr + m.to(tl.int64) * x_m + rows.to(tl.int64)[:, None] * x_b + (cols - first)[None, :]

@@ -189,16 +189,19 @@ class Call:
         x, M = self.image.to(dtype), self.sizes["M"]
         return x.transpose(0, 1) if x.dim() == 3 else x.expand(M, -1, -1)
 
+    @property
+    def together(self) -> int:
+        """How many prompts can lie side by side in one product: their images must be the same."""
+        return math.gcd(self.sizes["M"], 4) if self.image.dim() == 2 else 1
+
     def config(self, kind: str) -> Config:
         """The default configuration of a kind of kernel."""
-        M, shared = self.sizes["M"], self.image.dim() == 2
         if INTERPRETED:
-            together = math.gcd(M, 4) if kind == "forward" and shared else 1
-            return dataclasses.replace(INTERPRETER, prompts=together)
+            return dataclasses.replace(INTERPRETER, prompts=self.together if kind == "forward" else 1)
         if self.flags["KL"]:
             kind += "_kl"
-        elif kind == "forward" and shared:
-            kind = configs.forward_kind(M, self.image.element_size())
+        elif kind == "forward":
+            kind = configs.forward_kind(self.together, self.image.element_size())
         return configs.default(kind, configs.architecture(self.image.device), self.image.element_size())
 
     def tile(self, config: Config) -> dict[str, Any]:
@@ -257,10 +260,9 @@ def run_fastest(
         return launch(default(paths[0]))
     choices = [default(path) for path in paths]
     if not call.flags["KL"] and not INTERPRETED:  # KL's gamma functions need smaller tiles
-        most = math.gcd(M, 4) if x.dim() == 2 else 1
         for path in paths:
             candidates = configs.CANDIDATES.get(KINDS[direction][path], ())
-            choices += [(path, each) for each in candidates if most % each.prompts == 0]
+            choices += [(path, each) for each in candidates if call.together % each.prompts == 0]
     key = direction, tuple(paths), x.device, x.dtype, x.dim(), B, M, K, D, *call.flags.values(), *what
     return launch(configs.fastest(key, choices, launch, x.device))
 
@@ -345,7 +347,7 @@ def forward(
     D, tile = call.sizes["D"], config.classes
     limit = configs.chunk_of(K, 1, PARTIAL_NUMBERS // (planes * R * B) * tile, tile)
     if path == "chunks":
-        limit = min(limit, configs.chunk_of(K, configs.bytes_a_class(B, M, D), tile=tile))
+        limit = min(limit, configs.chunk_of(K, configs.bytes_a_class(B, M, D), configs.WORKSPACE, tile))
     columns = min(columns, limit) if columns else limit
     whole = config.classes >= K
     partial = sums if whole else sums.new_empty((planes, R, triton.cdiv(columns, config.classes), B))
@@ -462,6 +464,7 @@ def tile_gradients(
     B, M, K, D = (call.sizes[name] for name in "BMKD")
     # the fused log ratio alone: whatever the loss, by the widest product
     plain = dataclasses.replace(call, flags=call.flags | {"TARGET": False, "SQUARE": False, "KL": False})
+    widest = plain.config("forward")
     again = fused and ratio is None
     columns = configs.chunk_of(K, B, RATIO_NUMBERS, config.classes) if again else K
     if again or ratio is None:
@@ -478,7 +481,7 @@ def tile_gradients(
     for first in range(0, K, columns):
         last = min(first + columns, K)
         if again:
-            run_forward(plain, plain.config("forward"), first=first, last=last, fused=True, ratio=ratio)
+            run_forward(plain, widest, first=first, last=last, fused=True, ratio=ratio)
         common = {
             **call.tensors,
             "planes_ptr": planes,
@@ -536,7 +539,7 @@ def chunk_gradients(
     text_buffer = out.text is not None and out.text.dtype != torch.float32
     text_copy = out.image is not None and call.text.dtype != gradient_dtype
     size = configs.bytes_a_class(B, M, D, call.half, text_buffer + text_copy)
-    columns = configs.chunk_of(K, size, tile=config.classes)
+    columns = configs.chunk_of(K, size, configs.WORKSPACE, config.classes)
     work = planes.new_empty(M * B * columns)
     halves = planes.new_empty(M * B * columns if call.half else 0, dtype=torch.bfloat16)
     buffer = planes.new_empty(M * columns * D if text_buffer else 0)
