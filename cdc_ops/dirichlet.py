@@ -28,6 +28,7 @@ from cdc_ops.special import (
 )
 
 FORMS = ("digamma", "log", "mse")
+REDUCTIONS = ("mean", "sum", "none")
 
 
 class RowSums(NamedTuple):
@@ -108,3 +109,16 @@ def dirichlet_loss(log_ratio: Tensor, target: Tensor, prior_weight: float, form:
     K = log_ratio.shape[-1]
     sums = row_sums(log_ratio, target, K, prior_weight, form == "mse", kl_weight != 0)
     return loss_from_row_sums(sums, K, prior_weight, form, kl_weight)
+
+
+def reduce(loss: Tensor, reduction: str) -> Tensor:
+    """Mean, sum or none over all elements; the mean of nothing is refused."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if loss.numel() == 0:
+        raise ValueError(
+            "reduction must be 'sum' or 'none' for an empty batch, whose mean is undefined; got 'mean' and B = 0"
+        )
+    return loss.mean()

@@ -6,25 +6,11 @@ from torch import Tensor
 
 from cdc_ops import checks
 from cdc_ops.backends import LossForm, choose, kernels
-from cdc_ops.dirichlet import FORMS, dirichlet_loss
+from cdc_ops.dirichlet import FORMS, REDUCTIONS, dirichlet_loss, reduce
 from cdc_ops.evidence import at_least_float32, full_precision, log_ratio_from_evidence
 from cdc_ops.similarity import make_problem
 
-REDUCTIONS = ("mean", "sum", "none")
 KINDS = ("cosine", "cosine_squared")
-
-
-def reduce(loss: Tensor, reduction: str) -> Tensor:
-    """Mean, sum or none over all elements; the mean of nothing is refused."""
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    if loss.numel() == 0:
-        raise ValueError(
-            "reduction must be 'sum' or 'none' for an empty batch, whose mean is undefined; got 'mean' and B = 0"
-        )
-    return loss.mean()
 
 
 def make_loss_form(form: str, kl_weight: float, prompt_weight: float, fused_weight: float, reduction: str) -> LossForm:
@@ -36,6 +22,7 @@ def make_loss_form(form: str, kl_weight: float, prompt_weight: float, fused_weig
         kl_weight=checks.number("kl_weight", kl_weight, low=0.0),
         prompt_weight=checks.number("prompt_weight", prompt_weight, low=0.0),
         fused_weight=checks.number("fused_weight", fused_weight, low=0.0),
+        reduction=reduction,
     )
 
 
@@ -103,7 +90,7 @@ def evidential_cross_entropy(
     target = checks.target(target, [B], K, image.device, readings)
     readings.read()
     with full_precision(image.device):
-        return reduce(choose(backend, problem).evidential_loss(problem, target, loss), reduction)
+        return choose(backend, problem).evidential_loss(problem, target, loss)
 
 
 def dirichlet_cross_entropy(

@@ -44,7 +44,7 @@ from cdc_ops.backends import Backend, LossForm, Problem, choose, loss_from_sums,
 from cdc_ops.dirichlet import RowSums, merged
 from cdc_ops.evidence import full_precision
 from cdc_ops.fusion import confidence_weight
-from cdc_ops.losses import make_loss_form, reduce
+from cdc_ops.losses import make_loss_form
 from cdc_ops.opinion import Opinion, belief_of, prob_of
 from cdc_ops.similarity import FusedOpinion, TopK, make_problem
 from cdc_ops.special import log_row_sum
@@ -500,4 +500,4 @@ def evidential_cross_entropy(
         sums = chosen.loss_sums(shard.weighted(chosen), shard.target, loss)
         parts = iter(shard.gather(torch.stack([x for x in sums if x is not None])).unbind(1))
         whole = merged(RowSums._make(None if x is None else next(parts) for x in sums), shard.problem.classes)
-        return reduce(loss_from_sums(whole, shard.problem, loss), reduction)
+        return loss.reduced(loss_from_sums(whole, shard.problem, loss))

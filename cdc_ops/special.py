@@ -86,11 +86,39 @@ def digamma_gap(log_a: Tensor, log_rest: Tensor) -> Tensor:
     log_an = torch.logaddexp(log_a, torch.full_like(shifts[:1], math.log(8)))
     log_gap = softplus(log_rest - log_an)  # ln((a + r + 8) / (a + 8))
     # the series' terms c x^-p at x = a + 8 and at a + r + 8 differ by c (a + 8)^-p (1 - exp(-p log_gap))
-    powers = torch.tensor([1.0] + [2.0 * n for n in range(1, 8)], dtype=log_a.dtype, device=log_a.device)
-    factors = [0.5] + [bernoulli / (2 * n) for n, bernoulli in enumerate(BERNOULLI, start=1)]
-    factor = torch.tensor(factors, dtype=log_a.dtype, device=log_a.device)
+    powers, factor = digamma_series(log_a)
     series = factor * torch.exp(-powers * log_an) * torch.expm1(-powers * log_gap)
     return gap + log_gap.squeeze(-1) - series.sum(-1)
+
+
+def digamma_gap_and_slopes(log_a: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`digamma_gap` and its derivatives by ``ln a`` and ``ln r``, in half the calls that autograd takes."""
+    log_a, log_rest = log_a.unsqueeze(-1), log_rest.unsqueeze(-1)
+    shifts = torch.tensor([math.log(i) if i else -math.inf for i in range(9)], dtype=log_a.dtype, device=log_a.device)
+    powers, factor = digamma_series(log_a)
+    log_ai = torch.logaddexp(log_a, shifts)  # ln(a + i), i = 0 to 8
+    apart = log_rest - log_ai
+    ratio, other = torch.sigmoid(apart), torch.sigmoid(-apart)  # r / (a + r + i) and (a + i) / (a + r + i)
+    by_log_a = torch.exp(log_a - log_ai)  # of ln(a + i)
+    terms = torch.exp(-log_ai[..., :8]) * ratio[..., :8]
+    by_terms = terms * other[..., :8]  # by ln r; by ln(a + i) less these and the terms themselves
+    log_an, ratio_n, by_log_an = log_ai[..., 8:], ratio[..., 8:], by_log_a[..., 8:]
+    log_gap = softplus(apart[..., 8:])
+    power = factor * torch.exp(-powers * log_an)
+    series = power * torch.expm1(-powers * log_gap)
+    # of log_gap less the series, by ln r
+    by_last = ratio_n * (1 + (powers * (power + series)).sum(-1, keepdim=True))
+    value = terms.sum(-1) + (log_gap - series.sum(-1, keepdim=True)).squeeze(-1)
+    slope_a = by_log_an * ((powers * series).sum(-1, keepdim=True) - by_last)
+    slope_a = slope_a.squeeze(-1) - ((terms + by_terms) * by_log_a[..., :8]).sum(-1)
+    return value, slope_a, by_terms.sum(-1) + by_last.squeeze(-1)
+
+
+def digamma_series(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponents p and factors c of ``psi(x) = ln x - sum c x^-p``, the asymptotic series."""
+    powers = torch.tensor([1.0] + [2.0 * n for n in range(1, 8)], dtype=like.dtype, device=like.device)
+    factors = [0.5] + [bernoulli / (2 * n) for n, bernoulli in enumerate(BERNOULLI, start=1)]
+    return powers, torch.tensor(factors, dtype=like.dtype, device=like.device)
 
 
 def kl_element(log_a: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A backend is a module with
 
     fused_opinion(problem)                 -> log_ratio [B, K], log_partition [B], prompt_log_partition [B, M]
     fused_topk(problem, k)                 -> classes [B, k], log_ratio [B, k], then as fused_opinion
-    evidential_loss(problem, target, loss) -> loss of each image [B]
+    evidential_loss(problem, target, loss) -> loss of each image [B], reduced as the loss says
 
 and, for a problem whose text holds only some of the classes (:mod:`cdc_ops.parallel`), the sums they rest on:
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from cdc_ops import checks
-from cdc_ops.dirichlet import RowSums, loss_from_row_sums
+from cdc_ops.dirichlet import RowSums, loss_from_row_sums, reduce
 
 BACKENDS = ("reference", "blocked", "triton")
 KERNEL_BACKENDS = ("reference", "triton")  # of operations on ready-made evidence or features
@@ -93,12 +93,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class LossForm:
-    """Which evidential loss: the form, and the weights of its parts."""
+    """Which evidential loss: the form, the weights of its parts, and its reduction over images."""
 
     form: str
     kl_weight: float
     prompt_weight: float
     fused_weight: float
+    reduction: str
+
+    def reduced(self, each: Tensor) -> Tensor:
+        """The loss of all images from that of each [B]."""
+        return reduce(each, self.reduction)
 
     def needs_fused(self, problem: Problem) -> bool:
         """Whether it needs the fused opinion's row sums apart from the prompts'. A single prompt's are the same."""

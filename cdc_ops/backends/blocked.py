@@ -2,12 +2,13 @@
 
 Fusion is elementwise in the class, and everything else an opinion or its loss needs are row sums, so a block
 of logits can be made, folded into the fused block and into its row's sums, and overwritten by the next
-prompts'. The backward pass makes such blocks again. Memory beyond inputs, outputs and gradients is, in blocks: forward
-one for each prompt at hand, of which there are two (or all, where the whole problem is small), and one for the fused
-opinion unless it is the output; backward 2 M + 1, and one for each prompt at hand. Where gradients are made of
-logarithms, backward M + 3, and 2 for each prompt at hand, or 3 for the weighted rule. A loss that needs no opinion but
-the prompts', as that of a single prompt, makes no fused one, forward or backward. In log space, or for an activation,
-one more and 3 more for each prompt at hand, with squares 4, for the KL term 17.
+prompts'. The backward pass makes such blocks again; only the mean or the sum of losses of exp evidence by Dempster's
+rule has its gradients made along with it, in blocks of all classes. Memory beyond inputs, outputs and gradients is, in
+blocks: forward one for each prompt at hand, of which there are two (or all, where the whole problem is small), and one
+for the fused opinion unless it is the output; backward 2 M + 1, and one for each prompt at hand; both at once M + 3.
+Where gradients are made of logarithms, backward M + 3, and 2 for each prompt at hand, or 3 for the weighted rule. A
+loss that needs no opinion but the prompts', as that of a single prompt, makes no fused one, forward or backward. In log
+space, or for an activation, one more and 3 more for each prompt at hand, with squares 4, for the KL term 17.
 The more a pass holds at once, the fewer classes a block gets: all of them together stay below [B, M, K], those of
 fused_topk below [B, K], or below 4 MB where that is more (as long as K is a few hundred, so that K numbers are more
 than the row sums of an image, and but for the KL term of one prompt, whose blocks of 64 classes may hold more).
@@ -20,7 +21,7 @@ logarithms take over; likewise backward, where each logit takes the same exponen
 normalised by scaling its logits, not by making a normalised copy.
 
 Blocks are made in :mod:`cdc_ops.backends.blocks`, summed up and fused in :mod:`cdc_ops.backends.block_sums`, and made
-again backward in :mod:`cdc_ops.backends.block_slopes`.
+again backward in :mod:`cdc_ops.backends.block_slopes`; both at once in :mod:`cdc_ops.backends.block_loss`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdc_ops.backends import LossForm, Problem, loss_from_sums, refuse_second_derivatives
+from cdc_ops.backends.block_loss import loss_and_gradients
 from cdc_ops.backends.block_slopes import row_sums_backward
 from cdc_ops.backends.block_sums import ALONE, Accumulator, Sums, row_sums, sweep
 from cdc_ops.backends.blocks import EPS, Blocks, as_dtype
@@ -71,6 +73,41 @@ class RowSumsFunction(torch.autograd.Function):
         results = (total, log_target, log_square)
         given = (image, ctx.problem, ctx.sums, results, g_results, g_ratio, ctx.needs_input_grad)
         return *row_sums_backward(*given), None, None, None
+
+
+class LossFunction(torch.autograd.Function):
+    """A loss whose gradients were made along with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        problem: Problem,
+        target: Tensor,
+        loss: LossForm,
+        made: tuple[Tensor, tuple[Tensor | None, ...]],
+    ) -> Tensor:
+        ctx.given, ctx.made = (problem, target, loss, ctx.needs_input_grad[:5]), made
+        ctx.save_for_backward(image, text, scale, bias, weight, target)  # guards them against changes in place
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("backend='blocked' has", "; use backend='reference'")
+        image = ctx.saved_tensors[0]
+        # gradients are handed out; another backward pass through a retained graph makes its own
+        made = ctx.made or loss_and_gradients(image, *ctx.given)
+        assert made is not None
+        ctx.made, (_, gradients) = None, made
+        if float(grad) != 1:
+            for x in gradients:
+                if x is not None:
+                    x.mul_(grad)
+        return *gradients, None, None, None, None
 
 
 def prepared_image(problem: Problem) -> Tensor:
@@ -125,7 +162,14 @@ def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """See :mod:`cdc_ops.backends`."""
-    return loss_from_sums(loss_sums(problem, target, loss), problem, loss)
+    image, inputs = prepared_image(problem), (problem.text, problem.scale, problem.bias, problem.weight)
+    needs = tuple(x is not None and x.requires_grad for x in (image, *inputs))
+    if torch.is_grad_enabled() and any(needs):
+        with torch.no_grad():
+            made = loss_and_gradients(image, problem, target, loss, needs)
+        if made is not None:
+            return LossFunction.apply(image, *inputs, problem, target, loss, made)  # type: ignore[no-any-return]
+    return loss.reduced(loss_from_sums(loss_sums(problem, target, loss), problem, loss))
 
 
 def prompt_log_partition(problem: Problem) -> Tensor:

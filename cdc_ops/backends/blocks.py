@@ -25,13 +25,15 @@ BLOCK_COLUMNS = 1024
 LEAST_COLUMNS = 64
 #: Numbers that all blocks together may hold in any case (4 MB in float32): cutting up less saves nobody anything.
 FLOOR = 2**20
+#: A block of all classes is not worth it for fewer images: to make narrow ones twice takes no longer.
+LEAST_ROWS = 96
 #: A row of a block holds whole vectors (and cache lines) of the CPU, which its matrix products like.
 VECTOR = 16
 LOG2_E = math.log2(math.e)
 #: F.normalize's floor for a length.
 EPS = 1e-12
 
-#: A block of logits kept between calls: touching fresh memory costs a CPU more than any step of the epilogue.
+#: A block kept between calls: touching fresh memory costs a CPU more than any step of the epilogue.
 _idle: dict[torch.dtype, Tensor] = {}
 
 LINEAR, LOG, LOG1P = "v", "ln v", "ln(1 + v)"
@@ -135,6 +137,19 @@ def cut(B: int, M: int, K: int, held: int, each: int, whole: int) -> Cut:
     return Cut(rows, columns(together), tuple(spans(M, together)))
 
 
+@functools.lru_cache
+def cut_of_all_classes(B: int, M: int, K: int, D: int, held: int) -> Cut | None:
+    """Blocks of all classes, ``held`` of them below [B, M, K] or ``FLOOR`` together; None if they hold too few images.
+
+    Beyond ``FLOOR`` they also stay below half of what text has.
+    """
+    room = min(9 * max(B * M * K, FLOOR) // 10, max(FLOOR, M * K * D // 2))
+    most = min(BLOCK_ROWS, room // (held * K))
+    if most < min(B, LEAST_ROWS) or B == 0:
+        return None
+    return Cut(math.ceil(B / math.ceil(B / most)), K, tuple(spans(M, min(M, 2))))
+
+
 class Group(NamedTuple):
     """Prompts whose blocks are made at once, and what they bring to a block of classes."""
 
@@ -180,6 +195,7 @@ class Blocks:
     whose evidence is made, logits included, when it is made in linear space; with the lengths and factors of
     their classes they stay below ``whole`` numbers. ``logarithms``: whether a pass uses logits, not only evidence;
     ``linear``: whether it makes evidence in linear space only; ``again``: whether a backward pass will make it again.
+    ``chosen``: a cut that all ``held`` blocks fit.
 
     On a CPU a block is a millisecond's work and every PyTorch call a few microseconds, so views are made once.
     """
@@ -195,6 +211,7 @@ class Blocks:
         logarithms: bool = False,
         linear: bool = False,
         again: bool = False,
+        chosen: Cut | None = None,
     ) -> None:
         self.problem, self.image = problem, image
         map_constants(os.getpid())
@@ -211,10 +228,10 @@ class Blocks:
         self.binary = problem.activation == "exp" and not logarithms and powers
         #: what a logit is multiplied by
         self.unit = LOG2_E if self.binary else 1.0
-        if problem.activation != "exp" or self.known_bounds is None:
+        if chosen is None and (problem.activation != "exp" or self.known_bounds is None):
             # an activation, or a step in log space, makes blocks of its own
             held, each = held + 1, each if linear else each + 3
-        self.rows, self.columns, self.groups = cut(self.B, self.M, self.K, held, each, whole)
+        self.rows, self.columns, self.groups = chosen or cut(self.B, self.M, self.K, held, each, whole)
         n, subtracted = len(self.groups), self.log_w if problem.activation == "exp" else 0.0
         if problem.bias is None:
             self._constants = (problem.scale.new_full((1, 1, 1), -subtracted * self.unit),) * n
@@ -226,19 +243,21 @@ class Blocks:
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # popping from a dict is atomic: no two threads, and no two problems in one thread, share a block
         self._spare = _idle.pop(problem.dtype, None) if image.device.type == "cpu" else None
+        if chosen is not None:  # then all of them are taken at once, to be left for the next call
+            size = held * (self.rows * self.columns + VECTOR)
+            if self._spare is None or self._spare.numel() < size:
+                self._spare = image.new_empty(size)
         self._kept = self._spare
 
     def close(self, keep: bool = True) -> None:
-        """Hand the block of logits back for the next call, or nothing."""
-        logits = self._memory.get("logits")
-        if not keep:
-            self._kept = None
-        elif logits is not None and (self._kept is None or logits.numel() > self._kept.numel()):
-            usable = type(logits) is Tensor and logits.device.type == "cpu" and not logits.is_inference()
-            self._kept = logits if usable else None
-        if self._kept is not None:
+        """Hand a block back for the next call, or nothing."""
+        usable = [
+            x for x in (self._kept, self._memory.get("logits"))
+            if type(x) is Tensor and x.device.type == "cpu" and not x.is_inference() and x.numel() <= FLOOR
+        ]  # fmt: skip
+        if keep and usable:
             _idle.clear()  # one block at most outlives a call
-            _idle[self.problem.dtype] = self._kept
+            _idle[self.problem.dtype] = max(usable, key=Tensor.numel)
         self._spare = self._kept = None
         self._memory.clear()
         self._buffers.clear()
@@ -333,11 +352,12 @@ class Fusion:
     for tiny evidence too. What would overflow is moved into a second part kept as a logarithm.
     """
 
-    def __init__(self, blocks: Blocks, out: Tensor) -> None:
+    def __init__(self, blocks: Blocks, out: Tensor, spare: Tensor | None = None) -> None:
         self.dempster = blocks.problem.rule == "dempster"
         # bounds that are known for every prompt rule out that all of them together overflow
         self.limit = blocks.limit if blocks.known_bounds is None else math.inf
         self.out = out  # [b, k] where the linear part will be
+        self.spare = spare  # where the logarithmic part will be, or None for new memory
         self.linear: Tensor | None = None
         self.bound = 0.0  # no ln(1 + v) of the linear part is larger
         self.log: Tensor | None = None  # ln(1 + v) for Dempster, ln v for the others
@@ -382,7 +402,7 @@ class Fusion:
         """Move the linear part into the logarithmic one."""
         if self.linear is None:
             return
-        free = None if self.log is None else self.out  # what becomes the logarithmic part needs memory of its own
+        free = self.spare if self.log is None else self.out  # what becomes the logarithmic part stays
         log = torch.log1p(self.linear, out=free) if self.dempster else torch.log(self.linear, out=free)
         self._add_logs(log.unsqueeze(0))
         self.linear = None

@@ -39,7 +39,7 @@ def fused_topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """See :mod:`cdc_ops.backends`."""
-    return loss_from_sums(loss_sums(problem, target, loss), problem, loss)
+    return loss.reduced(loss_from_sums(loss_sums(problem, target, loss), problem, loss))
 
 
 def prompt_log_partition(problem: Problem) -> Tensor:

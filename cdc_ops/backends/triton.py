@@ -76,7 +76,7 @@ def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """See :mod:`cdc_ops.backends`."""
     sums = target_sums(problem, target, loss)
     each, _ = ops.row_loss(sums, problem.classes, problem.prior_weight, loss.form, loss.kl_weight)
-    return weighted_sum(each.t(), problem, loss)
+    return loss.reduced(weighted_sum(each.t(), problem, loss))
 
 
 def target_sums(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:

@@ -43,11 +43,14 @@ def nothing_kept_from_before(monkeypatch):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for name, value in {"BLOCK_ROWS": 4, "BLOCK_COLUMNS": 6, "LEAST_COLUMNS": 6, "VECTOR": 1, "FLOOR": 1}.items():
+    small = {"BLOCK_ROWS": 4, "BLOCK_COLUMNS": 6, "LEAST_COLUMNS": 6, "LEAST_ROWS": 1, "VECTOR": 1, "FLOOR": 1}
+    for name, value in small.items():
         monkeypatch.setattr(f"cdc_ops.backends.blocks.{name}", value)
-    blocks.cut.cache_clear()  # it remembers
+    for cut in (blocks.cut, blocks.cut_of_all_classes):
+        cut.cache_clear()  # they remember
     yield
-    blocks.cut.cache_clear()
+    for cut in (blocks.cut, blocks.cut_of_all_classes):
+        cut.cache_clear()
 
 
 def inputs():
@@ -137,6 +140,24 @@ def test_a_problem_is_cut_into_blocks_that_cover_it_and_stay_below_the_whole(B, 
     within = numbers + 6 * M * columns <= max(B * M * K, blocks.FLOOR)
     narrow = together == 1 and columns <= blocks.LEAST_COLUMNS + blocks.VECTOR  # as narrow as whole vectors allow
     assert within or narrow
+
+
+@settings(max_examples=1000)
+@given(
+    B=st.integers(0, 3000),
+    M=st.integers(1, 20),
+    K=st.integers(1, 30000),
+    D=st.integers(1, 2000),
+    held=st.integers(1, 25),
+)
+def test_blocks_of_all_classes_stay_below_the_whole_and_half_of_text(B, M, K, D, held):
+    chosen = blocks.cut_of_all_classes(B, M, K, D, held)
+    if chosen is None:
+        return
+    rows, columns, groups = chosen
+    assert [m for group in groups for m in range(group.start, group.stop)] == list(range(M)) and columns == K
+    assert min(B, blocks.LEAST_ROWS) / 2 <= rows <= min(B, blocks.BLOCK_ROWS)
+    assert held * rows * K <= min(0.9 * max(B * M * K, blocks.FLOOR), max(blocks.FLOOR, M * K * D / 2))
 
 
 # -- all that is alive at once, blocks as they are

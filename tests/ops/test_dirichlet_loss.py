@@ -1,5 +1,6 @@
 """The evidential loss against the textbook formula, scipy, and torch.distributions.Dirichlet."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -16,6 +17,7 @@ from cdc_ops.dirichlet import dirichlet_loss
 from cdc_ops.special import (
     digamma_excess,
     digamma_gap,
+    digamma_gap_and_slopes,
     kl_element,
     kl_slope,
     kl_total,
@@ -150,6 +152,34 @@ def test_digamma_gap_of_a_tiny_rest_is_its_derivative():
     r = 1e-14 * a
     expected = r.numpy() * scipy.special.polygamma(1, a.numpy())
     np.testing.assert_allclose(digamma_gap(a.log(), r.log()).numpy(), expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [f64, torch.float32])
+def test_digamma_gap_and_its_slopes_against_scipy(dtype):
+    a, r = np.meshgrid(np.logspace(-8, 6, 60), np.logspace(-8, 8, 60))
+    logs = [torch.from_numpy(np.log(x)).to(dtype) for x in (a, r)]
+    a, r = (x.double().exp().numpy() for x in logs)
+    psi, trigamma = scipy.special.digamma, functools.partial(scipy.special.polygamma, 1)
+    rounding = 4e-6 if dtype == torch.float32 else 1e-12  # of logarithms up to 20, which become numbers
+    value, slope_a, slope_r = (x.double().numpy() for x in digamma_gap_and_slopes(*logs))
+    for ours, more, less in (
+        (value, psi(a + r), psi(a)),
+        (slope_a, a * trigamma(a + r), a * trigamma(a)),
+        (slope_r, r * trigamma(a + r), 0 * a),
+    ):
+        exact = more - less
+        # the exact difference is itself known but for the rounding of its terms
+        assert (np.abs(ours - exact) < rounding * np.abs(exact) + 1e-14 * (np.abs(more) + np.abs(less))).all()
+
+
+def test_digamma_gap_s_slopes_are_autograd_s_whatever_the_size():
+    torch.manual_seed(0)
+    log_a, log_rest = (160 * torch.rand(2, 10_000, dtype=f64) - 60).requires_grad_().unbind()
+    gap = digamma_gap(log_a, log_rest)
+    expected = gap, *torch.autograd.grad(gap.sum(), (log_a, log_rest))
+    near = log_rest - log_a < 15  # beyond, nothing is left of the 1 - sigmoid(x) that autograd takes
+    for ours, theirs in zip(digamma_gap_and_slopes(log_a, log_rest), expected, strict=True):
+        torch.testing.assert_close(ours[near], theirs[near], rtol=1e-8, atol=0)
 
 
 def test_kl_parts_against_scipy():

@@ -21,7 +21,7 @@ from cdc_ops import (
     fused_opinion,
     fused_topk,
 )
-from cdc_ops.backends import block_slopes, block_sums, blocks
+from cdc_ops.backends import block_loss, block_slopes, block_sums, blocked, blocks
 
 BACKENDS = ["reference", "blocked"]
 ACTIVATIONS = ["exp", "softplus", "relu"]
@@ -33,11 +33,14 @@ f64 = torch.float64
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of at most 2 images by 3 classes, so that small problems have many, ragged at both edges."""
-    for name, value in {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 3, "LEAST_COLUMNS": 2, "VECTOR": 1, "FLOOR": 1}.items():
+    small = {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 3, "LEAST_COLUMNS": 2, "LEAST_ROWS": 1, "VECTOR": 1, "FLOOR": 1}
+    for name, value in small.items():
         monkeypatch.setattr(f"cdc_ops.backends.blocks.{name}", value)
-    blocks.cut.cache_clear()  # it remembers
+    for cut in (blocks.cut, blocks.cut_of_all_classes):
+        cut.cache_clear()  # they remember
     yield
-    blocks.cut.cache_clear()
+    for cut in (blocks.cut, blocks.cut_of_all_classes):
+        cut.cache_clear()
 
 
 def features(B, M, K, D, *, per_prompt=False, dtype=f64, seed=0, layout="contiguous"):
@@ -596,17 +599,22 @@ def test_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+class Recorder:
+    """What a function of a module returns, call for call."""
+
+    def __init__(self, monkeypatch, module, name):
+        self.results, self._function = [], getattr(module, name)
+        monkeypatch.setattr(module, name, self)
+
+    def __call__(self, *given):
+        self.results.append(self._function(*given))
+        return self.results[-1]
+
+
 @pytest.fixture
 def linear_sums(monkeypatch):
     """What block_sums.linear_sums returned, call for call."""
-    returned, linear_sums = [], block_sums.linear_sums
-
-    def recorded(*given):
-        returned.append(linear_sums(*given))
-        return returned[-1]
-
-    monkeypatch.setattr(block_sums, "linear_sums", recorded)
-    return returned
+    return Recorder(monkeypatch, block_sums, "linear_sums").results
 
 
 SIZES = [(0, 2, 5), (5, 1, 7), (5, 2, 7), (5, 3, 7), (7, 5, 4), (3, 4, 300)]
@@ -665,29 +673,36 @@ def test_the_linear_opinion_at_clip_s_scale(request, linear_sums, small, B, M, K
 @pytest.mark.parametrize(("B", "M", "K"), [(5, 1, 1), *SIZES[1:]])
 @pytest.mark.parametrize("cosine", [-1.0, 0.0, 0.3, 0.59, 0.68, 0.99])
 @pytest.mark.parametrize("fused_weight", [0.0, 1.0])
-def test_a_loss_and_its_gradients_in_linear_space(request, monkeypatch, small, B, M, K, cosine, fused_weight):
-    """Until evidence nears e^60, which the row sums tell, they are made of it, and as exact as of logarithms."""
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_and_its_gradients_in_linear_space(
+    request, monkeypatch, small, B, M, K, cosine, fused_weight, reduction
+):
+    """Until evidence nears e^60, which the row sums tell, they are made of it, and as exact as of logarithms.
+
+    In one pass if the loss is reduced, in two if not.
+    """
     if small:
         request.getfixturevalue("small_blocks")
     image, text = features_at_a_cosine(B, M, K, cosine)
     target = torch.arange(B) % K
-    bounds, linear_bounds = [], block_slopes.linear_bounds
+    at_once = Recorder(monkeypatch, blocked, "loss_and_gradients")
+    bounds = Recorder(monkeypatch, block_slopes, "linear_bounds")
 
     def run(dtype, backend="blocked"):
         inputs = [x.to(dtype).requires_grad_() for x in (image, text, torch.full((M,), 100.0), torch.zeros(M))]
         x, t, s, b = inputs
-        kwargs = {"scale": s, "bias": b, "fused_weight": fused_weight, "backend": backend}
-        loss = evidential_cross_entropy(x, t, target, **kwargs)
+        kwargs = {"scale": s, "bias": b, "fused_weight": fused_weight, "reduction": reduction, "backend": backend}
+        loss = evidential_cross_entropy(x, t, target, **kwargs).mean()
         return loss.detach(), *torch.autograd.grad(loss, inputs)
 
     truth = run(f64, "reference")
-    monkeypatch.setattr(
-        block_slopes, "linear_bounds", lambda *given: bounds.append(linear_bounds(*given)) or bounds[-1]
-    )
     for exact, a in zip(truth, run(f64), strict=True):
         torch.testing.assert_close(a, exact, rtol=1e-9, atol=1e-11)
     linear = run(torch.float32)
-    assert len(bounds) == 2 and {given is None for given in bounds} == {cosine > 0.6}
+    used = at_once if reduction == "mean" else bounds
+    assert len(used.results) == 2 and {result is None for result in used.results} == {cosine > 0.6}
+    assert len(bounds.results) == (0 if reduction == "mean" and cosine < 0.6 else 2)
+    monkeypatch.setattr(blocked, "loss_and_gradients", lambda *given: None)
     monkeypatch.setattr(block_slopes, "linear_bounds", lambda *given: None)
     for exact, a, b in zip(truth, run(torch.float32), linear, strict=True):
         rounding = 5e-6 * exact.abs().max().clamp_min(1)  # of a row sum's logarithm near 60
@@ -709,11 +724,65 @@ def test_linear_space_and_logarithms_give_the_same_gradients(small_blocks, monke
 
     linear = gradients()
     calls = []
-    for module in (block_sums, block_slopes):
+    for module in (block_loss, block_sums, block_slopes):
         monkeypatch.setattr(module, "linear_space", lambda *given: bool(calls.append(1)))
     for a, b in zip(linear, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-    assert len(calls) == 4  # twice forward, twice backward
+    assert len(calls) == 5  # once for both passes of the loss, twice forward, twice backward
+
+
+@pytest.mark.parametrize("form", ["digamma", "log"])
+@pytest.mark.parametrize("weights", [{}, {"fused_weight": 0.0}, {"prompt_weight": 0.0}, {"fused_weight": 0.3}])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("B", "M", "K"), [(5, 1, 1), *SIZES[1:]])
+def test_one_pass_and_two_give_the_same(small_blocks, monkeypatch, form, weights, normalize, B, M, K):
+    image, text = features(B, M, K, 6, per_prompt=M == 3)
+    inputs = [x.requires_grad_() for x in (image, text, torch.linspace(3, 5, M, dtype=f64), torch.ones(M, dtype=f64))]
+    x, t, s, b = inputs
+    at_once = Recorder(monkeypatch, blocked, "loss_and_gradients")
+
+    def run(reduction):
+        kwargs = {"form": form, "normalize": normalize, "reduction": reduction, **weights}
+        loss = evidential_cross_entropy(x, t, torch.arange(B) % K, scale=s, bias=b, backend="blocked", **kwargs)
+        loss = loss.sum() if reduction == "none" else loss * (B if reduction == "mean" else 1)
+        return loss, *torch.autograd.grad(loss, inputs)
+
+    twice, *others = (run(reduction) for reduction in ("none", "mean", "sum"))
+    assert [made is None for made in at_once.results] == [True, False, False]
+    for once in others:
+        for a, b in zip(once, twice, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("wanted", [*itertools.product([False, True], repeat=4)])
+@pytest.mark.parametrize("scale", [7.0, 0.0])
+def test_one_pass_makes_the_gradients_that_are_wanted(wanted, scale):
+    """That of the scale follows from that of text, unless text has none, or is multiplied by 0."""
+    image, text = features(5, 3, 7, 6)
+    inputs = image, text, torch.full((3,), scale, dtype=f64), torch.full((3,), 0.5, dtype=f64)
+
+    def run(backend):
+        x, t, s, b = (v.clone().requires_grad_(want) for v, want in zip(inputs, wanted, strict=True))
+        loss = evidential_cross_entropy(x, t, torch.arange(5), scale=s, bias=b, backend=backend)
+        return torch.autograd.grad(loss, [v for v in (x, t, s, b) if v.requires_grad]) if any(wanted) else [loss]
+
+    for a, b in zip(run("blocked"), run("reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_gradients_made_with_the_loss_are_nobody_else_s():
+    """What comes from above multiplies them; and a graph that is kept gives the same again, whatever became of them."""
+    image, text = (x.requires_grad_() for x in features(5, 3, 7, 6))
+    loss = evidential_cross_entropy(image, text, torch.arange(5), scale=7.0, backend="blocked")
+    first = torch.autograd.grad(loss, (image, text), retain_graph=True)
+    expected = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    again = torch.autograd.grad(3 * loss, (image, text), retain_graph=True)
+    nothing = torch.autograd.grad(0 * loss, (image, text))
+    for g, h, zero in zip(expected, again, nothing, strict=True):
+        torch.testing.assert_close(h, 3 * g, rtol=1e-12, atol=0)
+        assert not zero.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
