@@ -8,7 +8,7 @@ Needs only torch.
 """
 
 from cdc_ops.backends import BackendUnavailableError
-from cdc_ops.checks import value_checks
+from cdc_ops.checks import NonFiniteError, value_checks
 from cdc_ops.evidence import evidence_from_logits
 from cdc_ops.frontdoor import frontdoor_adjust
 from cdc_ops.fusion import conflict, discount, fuse_evidence, fuse_log_ratio
@@ -38,6 +38,7 @@ __all__ = [
     "EvidentialLoss",
     "FrontDoorAggregator",
     "FusedOpinion",
+    "NonFiniteError",
     "Opinion",
     "TopK",
     "conflict",

@@ -23,6 +23,20 @@ _values_checked = True
 LARGEST = 2.0**100
 
 
+class NonFiniteError(ValueError):
+    """Values that are nan or infinite, or so large that what is made of them would be; a ValueError.
+
+    What a training loop meets when it has diverged, and no other mistake in its arguments.
+
+    >>> import torch, cdc_ops
+    >>> try:
+    ...     cdc_ops.evidence_from_logits(torch.tensor([1.0, float("nan")]))
+    ... except cdc_ops.NonFiniteError as error:
+    ...     print(error)
+    logits must be finite; got 1 nan or inf among a float32 tensor of shape [2] on cpu
+    """
+
+
 class value_checks:
     """Switch the checks that read tensor values on or off, for good or inside a ``with`` block.
 
@@ -142,7 +156,7 @@ def finite(name: str, x: Tensor) -> None:
         total = x.detach().sum(dtype=torch.float32 if x.dtype.itemsize < 4 else None)
         if not math.isfinite(total.item()) and not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).sum())
-            raise ValueError(f"{name} must be finite; got {bad} nan or inf among {came(x)}")
+            raise NonFiniteError(f"{name} must be finite; got {bad} nan or inf among {came(x)}")
 
 
 def nonnegative(name: str, x: Tensor) -> None:
@@ -280,7 +294,7 @@ def finite_lengths(name: str, x: Tensor, readings: Readings | None = None) -> Te
             finite(name, x)
             if long := int(lengths.isinf().sum()):
                 kind = str(dtype).removeprefix("torch.")
-                raise ValueError(
+                raise NonFiniteError(
                     f"{name} must have lengths within {kind}; got {long} whose length overflows in {came(x)}"
                 )
 
@@ -300,7 +314,7 @@ def products(image: Tensor | None, text: Tensor | None, scale: Tensor, readings:
         if not size <= LARGEST:  # or the product of the first two overflows where that of all three does not
             found = [float(x) for x in sizes]
             if not math.prod(found) <= LARGEST:
-                raise ValueError(
+                raise NonFiniteError(
                     "image and text must have lengths whose product, times scale, is within 2^100 for normalize=False; "
                     "got {:g} and {:g} at the most, and a scale of {:g}".format(*found)
                 )
@@ -331,9 +345,9 @@ def per_prompt(
 ) -> Tensor:
     """A number, a scalar tensor or one value per prompt, as a tensor [M]; gradients flow through."""
 
-    def refuse(what: str) -> NoReturn:
+    def refuse(what: str, error: type[ValueError] = ValueError) -> NoReturn:
         want = f"a number, a scalar tensor or a tensor of shape [{prompts}], finite and within 2^100"
-        raise ValueError(f"{name} must be {want}; got {what}")
+        raise error(f"{name} must be {want}; got {what}")
 
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(_as_float(value)) <= LARGEST:
@@ -347,7 +361,7 @@ def per_prompt(
 
         def check(size: float) -> None:
             if not size <= LARGEST:  # also for nan
-                refuse(f"a size of {size:g} in {came(value)}")
+                refuse(f"a size of {size:g} in {came(value)}", NonFiniteError)
 
         size = value.detach().abs().amax()
         if readings is None or value.device != device:

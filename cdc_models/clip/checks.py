@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cdc_ops import NonFiniteError
+
 
 def shape_of(x: object) -> str:
     """A tensor's shape and dtype, or another object's type, for error messages."""
@@ -82,4 +84,4 @@ def check_images(images: Tensor, shape: tuple[int, int], device: torch.device, p
         raise ValueError(f"images are on {images.device}, the backbone is on {device}")
     # Reading a value would break a compiled graph in two; compiled code is checked when it runs eagerly.
     if not torch.compiler.is_compiling() and not bool(torch.isfinite(images).all()):
-        raise ValueError("images: expected finite values, got NaN or infinity")
+        raise NonFiniteError("images: expected finite values, got NaN or infinity")

@@ -25,7 +25,7 @@ from cdc_models.engine.checkpoint import Checkpoint, Position, Randomness
 from cdc_models.engine.checks import check_loader, check_method, check_share, pair_of
 from cdc_models.methods.base import Method
 from cdc_models.seeds import as_seed, check_seed
-from cdc_ops import checks
+from cdc_ops import NonFiniteError, checks
 
 __all__ = ["FitResult", "fit", "learning_rate"]
 
@@ -238,7 +238,7 @@ def fit(
                             except ValueError as error:
                                 _require_finite(model, position, lr)  # which is the reason, if it is one
                                 # what is not finite and did not come from the loader was made by training
-                                if "finite" in str(error) and bool(images.isfinite().all()):
+                                if isinstance(error, NonFiniteError) and bool(images.isfinite().all()):
                                     raise ValueError(
                                         f"training diverged at step {position.steps} (epoch {position.epoch}); try a "
                                         f"smaller lr than {lr} ({error})"
