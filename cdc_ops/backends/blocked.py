@@ -91,18 +91,20 @@ class LossFunction(torch.autograd.Function):
         loss: LossForm,
         made: tuple[Tensor, tuple[Tensor | None, ...]],
     ) -> Tensor:
-        ctx.given, ctx.made = (problem, target, loss, ctx.needs_input_grad[:5]), made
+        value, ctx.gradients = made
+        ctx.given = problem, target, loss, ctx.needs_input_grad[:5]
         ctx.save_for_backward(image, text, scale, bias, weight, target)  # guards them against changes in place
-        return made[0]
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("backend='blocked' has", "; use backend='reference'")
         image = ctx.saved_tensors[0]
-        # gradients are handed out; another backward pass through a retained graph makes its own
-        made = ctx.made or loss_and_gradients(image, *ctx.given)
-        assert made is not None
-        ctx.made, (_, gradients) = None, made
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # handed out; another backward pass through a retained graph makes its own
+            made = loss_and_gradients(image, *ctx.given)
+            assert made is not None
+            _, gradients = made
         if float(grad) != 1:
             for x in gradients:
                 if x is not None:

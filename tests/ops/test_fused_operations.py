@@ -1,6 +1,7 @@
 """fused_opinion, fused_topk and evidential_cross_entropy: every backend against float64 and the plain formulas."""
 
 import itertools
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -783,6 +784,18 @@ def test_gradients_made_with_the_loss_are_nobody_else_s():
     for g, h, zero in zip(expected, again, nothing, strict=True):
         torch.testing.assert_close(h, 3 * g, rtol=1e-12, atol=0)
         assert not zero.any()
+
+
+def test_a_loss_nobody_follows_back_takes_its_gradients_with_it(monkeypatch):
+    image, text = (x.requires_grad_() for x in features(5, 3, 7, 6))
+    at_once = Recorder(monkeypatch, blocked, "loss_and_gradients")
+    loss = evidential_cross_entropy(image, text, torch.arange(5), scale=7.0, backend="blocked")
+    ((_, gradients),) = at_once.results
+    alive = [weakref.ref(g) for g in gradients if g is not None]
+    assert len(alive) == 2
+    at_once.results.clear()
+    del loss, gradients, _
+    assert not any(ref() is not None for ref in alive)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
