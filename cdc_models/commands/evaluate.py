@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +62,7 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
     if strange is not None:
         unknown = reader(strange, classifier.backbone, compute.test_batch, compute.readers)
     found = evaluate_model(classifier, known, unknown=unknown, progress=output.progress)
+    new_classes = None if model.adapter is None else _new_classes(model.adapter, dataset.classes)
     reports = {"known": report_of(known), "unknown": ImageReport(0) if unknown is None else report_of(unknown)}
     if not processes.is_first():
         return
@@ -69,6 +71,7 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
         "split": question.split,
         "half": data.half,
         "classes": len(dataset.classes),
+        "classes_new_to_adapter": new_classes,
         "method": classifier.name,
         "adapter": model.adapter,
         "backbone": classifier.backbone.name,
@@ -80,6 +83,8 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
     }
     output.result(values)
     output.say(_table(f"{classifier.name} on {dataset.name}, {question.split}, {data.half} classes", found))
+    if new_classes:
+        output.say(f"{new_classes} of these {len(dataset.classes)} classes are new to {model.adapter}")
     for report in reports.values():
         for image in report.skipped[:10]:
             output.say(f"skipped {image.path}: {image.reason} ({image.detail})")
@@ -123,6 +128,11 @@ def _warn_of_other_splits(model: Model, data: Data, name: str, split: str) -> No
             "that it was trained on",
             stacklevel=3,
         )
+
+
+def _new_classes(adapter: str, classes: Sequence[str]) -> int:
+    """How many classes the adapter was not trained on."""
+    return len(set(map(words_of, classes)) - set(map(words_of, adapter_info(adapter)["classes"])))
 
 
 def _root_of(unknown: str, data: Data) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from cdc_models import processes
 from cdc_models.commands.parts import backbone_of, dataset_of
 from cdc_models.commands.run_folder import resolved, start_run, write_json
 from cdc_models.commands.settings import Adaptation, Backbone, Cache, Compute, Data, Draw, Interrupted, Output
-from cdc_models.data import ImageReport
+from cdc_models.data import ImageDataset, ImageReport
 from cdc_models.engine import calibrate, save_adapter
 from cdc_models.provenance import git_commit, peak_memory, versions
 from cdc_models.recipes import Training, build, cached_training, check_cached, reader, report_of, train_on
@@ -55,6 +56,8 @@ def train(
             f"calibrate: expected validation images in {dataset.name}, got none; where a class has few images, "
             f"val_part={data.val_part} may round to none"
         )
+    if processes.is_first():
+        _warn_of_empty_classes(dataset)
     with output.status("loading CLIP"):
         clip = backbone_of(backbone.backbone, backbone.pretrained, compute)
     model = build(adaptation.method, adaptation.options, clip, dataset, draw.seed)
@@ -137,3 +140,14 @@ def train(
     for name, part in (("training", report), ("validation", held_out)):
         if part.skipped:
             output.say(f"{name}: {part}; listed in {folder.out / 'report.json'}")
+
+
+def _warn_of_empty_classes(dataset: ImageDataset) -> None:
+    """Warn of classes that a classifier would have and nothing was learned about."""
+    filled = set(dataset.train.targets.tolist())
+    if empty := [name for label, name in enumerate(dataset.classes) if label not in filled]:
+        warnings.warn(
+            f"no training images of {len(empty)} of the {len(dataset.classes)} classes of {dataset.name}: "
+            f"{', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}; the classifier knows these by name alone",
+            stacklevel=3,
+        )

@@ -43,6 +43,21 @@ def test_an_adapter_on_other_classes_and_unknown_ones(trained, photos, cdc_json,
     adapter = f"--adapter={trained / 'adapter.safetensors'}"
     said = cdc_json("evaluate", f"--data={tmp_path}", adapter, f"--unknown={photos}")
     assert said["classes"] == 2 and 0 <= said["unknown_auroc"] <= 1 and said["images"]["unknown"]["total"] == 6
+    assert said["classes_new_to_adapter"] == 2
+
+
+def test_classes_new_to_the_adapter_are_told(trained, photos, cdc, cdc_json, tmp_path):
+    from trees import picture
+
+    for name in ("red_square", "white square"):
+        for i in range(5):
+            picture(tmp_path / name / f"{i}.png", (230, 230, 10 * i))
+    adapter = f"--adapter={trained / 'adapter.safetensors'}"
+    status, out, err = cdc("evaluate", f"--data={tmp_path}", adapter)
+    assert status == 0, err
+    assert "1 of these 2 classes are new to" in " ".join(out.split())
+    assert cdc_json("evaluate", f"--data={photos}", adapter)["classes_new_to_adapter"] == 0
+    assert cdc_json("evaluate", f"--data={photos}", "--backbone=bundled")["classes_new_to_adapter"] is None
 
 
 def test_a_table_for_people_names_what_was_skipped(photos, cdc):

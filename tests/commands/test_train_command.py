@@ -29,6 +29,19 @@ def test_what_a_run_leaves(trained, photos):
     assert report["peak_memory_bytes"] > 10**7 and report["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.filterwarnings("always")
+def test_classes_without_training_images_are_told(tmp_path, cdc, photos):
+    shutil.copytree(photos, tmp_path / "photos")
+    run = ("train", f"--data={tmp_path / 'photos'}", "--backbone=bundled", "--epochs=0", "--method=coop")
+    status, _, err = cdc(*run, f"--out={tmp_path / 'full'}")
+    assert status == 0 and "no training images" not in err, err
+    for name in ("grey square", "black square"):
+        (tmp_path / "photos" / name).mkdir()
+    status, _, err = cdc(*run, f"--out={tmp_path / 'empty'}")
+    assert status == 0, err
+    assert "no training images of 2 of the 5 classes of photos: black square, grey square; the classifier" in err
+
+
 def test_the_saved_settings_are_resolved_and_make_the_same_adapter(trained, tmp_path, cdc):
     settings = yaml.safe_load((trained / "config.yaml").read_text())
     assert settings["options"]["depth"] == 3 and settings["lr"] == 0.0035 and settings["shots"] == 4
