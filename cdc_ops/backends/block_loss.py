@@ -17,11 +17,20 @@ from torch import Tensor
 from cdc_ops.backends import LossForm, Problem, weighted_sum
 from cdc_ops.backends.block_slopes import LARGEST, take_off_length
 from cdc_ops.backends.block_sums import Sums, linear_space, log_rest
-from cdc_ops.backends.blocks import LINEAR, LOG1P, Block, Blocks, Fusion, Group, cut_of_all_classes, exp_, spans
+from cdc_ops.backends.blocks import (
+    LEAST_COLUMNS,
+    LINEAR,
+    LOG1P,
+    Block,
+    Blocks,
+    Fusion,
+    Group,
+    cut_of_all_classes,
+    exp_,
+    spans,
+)
 from cdc_ops.special import digamma_gap_and_slopes, softplus
 
-#: So many classes' features stay in the cache from one step to the next.
-CLASSES = 128
 #: Smaller scales' gradients do not follow from that of text, which they make as small.
 LEAST_SCALE = 2.0**-20
 
@@ -59,8 +68,9 @@ def loss_and_gradients(
         by_fused = opinions.by_fused(by_rest, by_target)
         for group in groups:
             gradients.add(group, rows, opinions.by_logits(group.prompts, by_rest, by_target, by_fused))
+    results = gradients.results(lengths, blocks.buffer("logits", groups[0].prompts, slice(0, blocks.rows), slice(0, K)))
     blocks.close()
-    return loss.reduced(torch.cat(losses)), gradients.results(lengths)
+    return loss.reduced(torch.cat(losses)), results
 
 
 class Gradients:
@@ -90,19 +100,22 @@ class Gradients:
             else:
                 self.image[rows, group.prompts].transpose(0, 1).baddbmm_(grad, text)
 
-    def results(self, lengths: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Those of image, text, scale, bias and weight, after the last images. lengths [M, K]: of text, to divide by.
+    def results(self, lengths: Tensor | None, work: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of image, text, scale, bias and weight, after the last images. work: a block to be written to.
 
-        The product of text with its gradient, before its length has had its share, is the scale with its own.
+        lengths [M, K]: that text is to be divided by. The product of text with its gradient, before its length has had
+        its share, is the scale with its own.
         """
-        text = self.problem.text
         if self.text is not None and (self.scale is not None or lengths is not None):
-            for some in spans(text.shape[1], CLASSES):
-                along = torch.linalg.vecdot(self.text[:, some], text[:, some])
+            work, (M, K, D) = work.view(-1), self.text.shape
+            for some in spans(K, max(LEAST_COLUMNS, work.numel() // (M * D))):
+                text, grad = self.problem.text[:, some], self.text[:, some]
+                room = work[: grad.numel()].view(grad.shape) if grad.numel() <= work.numel() else None
+                along = torch.mul(grad, text, out=room).sum(-1)
                 if self.scale is not None:
                     self.scale += along.sum(1) / self.problem.scale
                 if lengths is not None:
-                    take_off_length(self.text[:, some], text[:, some], along, lengths[:, some])
+                    take_off_length(grad, text, along, lengths[:, some])
         return self.image, self.text, self.scale, self.bias, None
 
 

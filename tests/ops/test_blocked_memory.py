@@ -230,6 +230,20 @@ def test_a_losss_tensors_together_stay_below_the_logits(choices, form, kl_weight
     assert max(peaks(loss, *sizes, choices["scale"])) < max(B * M * K, blocks.FLOOR)
 
 
+@pytest.mark.parametrize("sizes", [(256, 4, 1000), (300, 3, 1500), (64, 4, 500)])
+def test_gradients_made_with_the_loss_want_little_beside_them(sizes):
+    """With features as wide as CLIP's: blocks below the logits, and what normalising images takes there and back."""
+    (B, M, K), D = sizes, 512
+    image, text = torch.randn(B, D, requires_grad=True), torch.randn(M, K, D, requires_grad=True)
+
+    def gradients():
+        loss = evidential_cross_entropy(image, text, torch.arange(B) % K, scale=20.0, backend="blocked")
+        return torch.autograd.grad(loss, (image, text))
+
+    made, changes = allocations(gradients)
+    assert (max(accumulate(changes)) - size_of(made)) / 4 < max(B * M * K, blocks.FLOOR) + 5 * B * D
+
+
 @pytest.mark.parametrize("sizes", PROBLEMS)
 @pytest.mark.parametrize("choices", [IN_LINEAR_SPACE, IN_LOG_SPACE, THROUGH_WEIGHTS])
 def test_topks_tensors_together_stay_below_the_fused_logits(sizes, choices):
