@@ -26,7 +26,7 @@ LEAST_COLUMNS = 64
 #: Numbers that all blocks together may hold in any case (4 MB in float32): cutting up less saves nobody anything.
 FLOOR = 2**20
 #: A block of all classes is not worth it for fewer images: to make narrow ones twice takes no longer.
-LEAST_ROWS = 96
+LEAST_ROWS = 64
 #: A row of a block holds whole vectors (and cache lines) of the CPU, which its matrix products like.
 VECTOR = 16
 LOG2_E = math.log2(math.e)
