@@ -49,7 +49,7 @@ def loss_and_gradients(
         return None
     B, M, K = problem.sizes
     held = M + sums.fused + min(M, 2)  # evidence, the fused opinion, and room to work
-    cut = cut_of_all_classes(B, M, K, image.shape[-1], held) if through_text else None
+    cut = cut_of_all_classes(B, M, K, held) if through_text else None
     if cut is None:
         return None
     blocks = Blocks(problem, image, held, 0, 0, linear=True, chosen=cut)

@@ -25,6 +25,8 @@ BLOCK_COLUMNS = 1024
 LEAST_COLUMNS = 64
 #: Numbers that all blocks together may hold in any case (4 MB in float32): cutting up less saves nobody anything.
 FLOOR = 2**20
+#: Numbers that blocks of all classes may hold at most (32 MB): larger ones leave the cache and gain nothing.
+CEILING = 2**23
 #: A block of all classes is not worth it for fewer images: to make narrow ones twice takes no longer.
 LEAST_ROWS = 64
 #: A row of a block holds whole vectors (and cache lines) of the CPU, which its matrix products like.
@@ -138,13 +140,9 @@ def cut(B: int, M: int, K: int, held: int, each: int, whole: int) -> Cut:
 
 
 @functools.lru_cache
-def cut_of_all_classes(B: int, M: int, K: int, D: int, held: int) -> Cut | None:
-    """Blocks of all classes, ``held`` of them below [B, M, K] or ``FLOOR`` together; None if they hold too few images.
-
-    Beyond ``FLOOR`` they also stay below half of what text has.
-    """
-    room = min(9 * max(B * M * K, FLOOR) // 10, max(FLOOR, M * K * D // 2))
-    most = min(BLOCK_ROWS, room // (held * K))
+def cut_of_all_classes(B: int, M: int, K: int, held: int) -> Cut | None:
+    """Blocks of all classes, ``held`` of them below [B, M, K] or ``FLOOR`` together; None if of too few images."""
+    most = min(BLOCK_ROWS, min(9 * max(B * M * K, FLOOR) // 10, CEILING) // (held * K))
     if most < min(B, LEAST_ROWS) or B == 0:
         return None
     return Cut(math.ceil(B / math.ceil(B / most)), K, tuple(spans(M, min(M, 2))))
