@@ -24,9 +24,9 @@ LARGEST = 2.0**100
 
 
 class NonFiniteError(ValueError):
-    """Values that are nan or infinite, or so large that what is made of them would be; a ValueError.
+    """Values that are nan or infinite, or so large that what is made of them might be; a ValueError.
 
-    What a training loop meets when it has diverged, and no other mistake in its arguments.
+    What a training loop meets when it has diverged.
 
     >>> import torch, cdc_ops
     >>> try:
@@ -191,7 +191,9 @@ def number(name: str, value: object, *, low: float = -math.inf, open_low: bool =
         raise ValueError(f"{name} must be {want}; got {came(value)}")
     size = _as_float(value)
     # isfinite in other words, which torch.compile understands of a number that it keeps symbolic too
-    if not -math.inf < size < math.inf or size < low or (open_low and size == low):
+    if not -math.inf < size < math.inf:
+        raise NonFiniteError(f"{name} must be {want}; got {came(value)}")
+    if size < low or (open_low and size == low):
         raise ValueError(f"{name} must be {want}; got {came(value)}")
     if abs(size) > LARGEST or (open_low and size - low < 1 / LARGEST):
         room = "between 2^-100 and 2^100" if open_low else "within 2^100"
@@ -350,8 +352,10 @@ def per_prompt(
         raise error(f"{name} must be {want}; got {what}")
 
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(_as_float(value)) <= LARGEST:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             refuse(came(value))
+        if not abs(_as_float(value)) <= LARGEST:
+            refuse(came(value), NonFiniteError)
         return torch.full((prompts,), float(value), dtype=dtype, device=device)
     if not value.dtype.is_floating_point or list(value.shape) not in ([], [1], [prompts]):
         refuse(came(value))

@@ -58,6 +58,10 @@ def evidential_cross_entropy(
     cancelled in closed form, so it too is finite for any evidence; its rounding error in float32 is about
     1e-7 K.
 
+    Backend "blocked" makes the gradients of a mean or a sum along with it (for activation "exp", rule "dempster", no KL
+    and form "digamma" or "log") and holds them until its backward pass: take the loss under ``torch.no_grad`` where
+    none will follow.
+
     Args:
         image, text, scale, bias, activation, rule, prior_weight, normalize, backend: as :func:`fused_opinion`.
         target: class indices [B], integers in [0, K).

@@ -62,10 +62,10 @@ def evaluate(model: Model, data: Data, question: Question, compute: Compute, out
     if strange is not None:
         unknown = reader(strange, classifier.backbone, compute.test_batch, compute.readers)
     found = evaluate_model(classifier, known, unknown=unknown, progress=output.progress)
-    new_classes = None if model.adapter is None else _new_classes(model.adapter, dataset.classes)
     reports = {"known": report_of(known), "unknown": ImageReport(0) if unknown is None else report_of(unknown)}
     if not processes.is_first():
         return
+    new_classes = None if model.adapter is None else _new_classes(model.adapter, dataset.classes)
     values = {
         "data": dataset.name,
         "split": question.split,
@@ -132,7 +132,8 @@ def _warn_of_other_splits(model: Model, data: Data, name: str, split: str) -> No
 
 def _new_classes(adapter: str, classes: Sequence[str]) -> int:
     """How many classes the adapter was not trained on."""
-    return len(set(map(words_of, classes)) - set(map(words_of, adapter_info(adapter)["classes"])))
+    known = set(map(words_of, adapter_info(adapter)["classes"]))
+    return sum(words_of(name) not in known for name in classes)
 
 
 def _root_of(unknown: str, data: Data) -> str | None:

@@ -43,13 +43,14 @@ def loss_and_gradients(
     image: normalised already, in the problem's dtype. Each gradient is summed in one fixed order: deterministic.
     """
     sums = Sums(target, loss.square, loss.kl, loss.needs_fused(problem))
-    _, by_text, by_scale, *_ = needs
-    through_text = not by_scale or (by_text and min(map(abs, problem.scale.tolist())) >= LEAST_SCALE)
     if loss.reduction == "none" or problem.text.dtype != problem.dtype or not linear_space(problem, sums):
+        return None
+    _, by_text, by_scale, *_ = needs
+    if by_scale and not (by_text and min(map(abs, problem.scale.tolist())) >= LEAST_SCALE):
         return None
     B, M, K = problem.sizes
     held = M + sums.fused + min(M, 2)  # evidence, the fused opinion, and room to work
-    cut = cut_of_all_classes(B, M, K, held) if through_text else None
+    cut = cut_of_all_classes(B, M, K, held)
     if cut is None:
         return None
     blocks = Blocks(problem, image, held, 0, 0, linear=True, chosen=cut)
@@ -68,7 +69,7 @@ def loss_and_gradients(
         by_fused = opinions.by_fused(by_rest, by_target)
         for group in groups:
             gradients.add(group, rows, opinions.by_logits(group.prompts, by_rest, by_target, by_fused))
-    results = gradients.results(lengths, blocks.buffer("logits", groups[0].prompts, slice(0, blocks.rows), slice(0, K)))
+    results = gradients.results(lengths, blocks.buffer("work", groups[0].prompts, slice(0, blocks.rows), slice(0, K)))
     blocks.close()
     return loss.reduced(torch.cat(losses)), results
 
@@ -136,7 +137,7 @@ class Opinions(NamedTuple):
         """Those of some images; None if a prompt's evidence leaves linear space."""
         classes, prompts, every = blocks.problem.classes, slice(0, blocks.M), slice(0, blocks.K)
         evidence = blocks.buffer("evidence", prompts, rows, every)
-        work = blocks.buffer("logits", groups[0].prompts, rows, every)
+        work = blocks.buffer("work", groups[0].prompts, rows, every)
         index = target.view(1, -1, 1).expand(blocks.M, -1, 1)
         kept, sums = [], []
         for group in groups:

@@ -13,8 +13,8 @@ The more a pass holds at once, the fewer classes a block gets: all of them toget
 fused_topk below [B, K], or below 4 MB where that is more (as long as K is a few hundred, so that K numbers are more
 than the row sums of an image, and but for the KL term of one prompt, whose blocks of 64 classes may hold more).
 
-Speed on a CPU comes from four things. A block stays in the cache between the matrix product and its
-epilogue. Two prompts are multiplied at once, one by each half of the threads. They are fused in linear space: one
+Speed on a CPU comes from four things. A block, unless of all classes, stays in the cache between the matrix product and
+its epilogue. Two prompts are multiplied at once, one by each half of the threads. They are fused in linear space: one
 exponential for each logit, a power of 2, and one ``log1p`` for each class instead of a ``log1p`` for each logit; where
 that would leave the range of the dtype, which the features' lengths, the block's largest logit or its row sums tell,
 logarithms take over; likewise backward, where each logit takes the same exponential and a division. And text is
@@ -92,17 +92,19 @@ class LossFunction(torch.autograd.Function):
         made: tuple[Tensor, tuple[Tensor | None, ...]],
     ) -> Tensor:
         value, ctx.gradients = made
-        ctx.given = problem, target, loss, ctx.needs_input_grad[:5]
+        ctx.given = problem, loss
         ctx.save_for_backward(image, text, scale, bias, weight, target)  # guards them against changes in place
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("backend='blocked' has", "; use backend='reference'")
-        image = ctx.saved_tensors[0]
+        image, text, scale, bias, _, target = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # handed out; another backward pass through a retained graph makes its own
-            made = loss_and_gradients(image, *ctx.given)
+            problem, loss = ctx.given
+            problem = replace(problem, text=text, scale=scale, bias=bias)
+            made = loss_and_gradients(image, problem, target, loss, ctx.needs_input_grad[:5])
             assert made is not None
             _, gradients = made
         if float(grad) != 1:
@@ -166,7 +168,8 @@ def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
     """See :mod:`cdc_ops.backends`."""
     image, inputs = prepared_image(problem), (problem.text, problem.scale, problem.bias, problem.weight)
     needs = tuple(x is not None and x.requires_grad for x in (image, *inputs))
-    if torch.is_grad_enabled() and any(needs):
+    # under torch.func's transforms the two passes say that they do not know them
+    if torch.is_grad_enabled() and any(needs) and not torch._C._are_functorch_transforms_active():
         with torch.no_grad():
             made = loss_and_gradients(image, problem, target, loss, needs)
         if made is not None:

@@ -1,8 +1,9 @@
 """Blocks of images and classes: how the blocked backend makes evidence and folds prompts together, in place.
 
 A block is at most ``BLOCK_ROWS`` images by about ``BLOCK_COLUMNS`` classes, small enough to stay in a core's cache from
-the matrix product to the last row sum. Two prompts' blocks are made at once where there is room: half of the threads
-then multiplies for each of them, which is faster than all of them cutting up one small product, and makes fewer calls.
+the matrix product to the last row sum; or by all classes, where a loss makes its gradients along with itself. Two
+prompts' blocks are made at once where there is room: half of the threads then multiplies for each of them, which is
+faster than all of them cutting up one small product, and makes fewer calls.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ BLOCK_COLUMNS = 1024
 LEAST_COLUMNS = 64
 #: Numbers that all blocks together may hold in any case (4 MB in float32): cutting up less saves nobody anything.
 FLOOR = 2**20
-#: Numbers that blocks of all classes may hold at most (32 MB): larger ones leave the cache and gain nothing.
+#: Numbers that blocks of all classes may hold at most (32 MB in float32): larger ones gain nothing.
 CEILING = 2**23
-#: A block of all classes is not worth it for fewer images: to make narrow ones twice takes no longer.
+#: Where there is room for fewer images, blocks of all classes are not worth it: narrow ones twice take no longer.
 LEAST_ROWS = 64
 #: A row of a block holds whole vectors (and cache lines) of the CPU, which its matrix products like.
 VECTOR = 16
@@ -241,9 +242,10 @@ class Blocks:
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # popping from a dict is atomic: no two threads, and no two problems in one thread, share a block
         self._spare = _idle.pop(problem.dtype, None) if image.device.type == "cpu" else None
-        if chosen is not None:  # then all of them are taken at once, to be left for the next call
+        if chosen is not None:  # then all of them are taken at once, to be left for the next call if they are not large
             size = held * (self.rows * self.columns + VECTOR)
             if self._spare is None or self._spare.numel() < size:
+                self._spare = None
                 self._spare = image.new_empty(size)
         self._kept = self._spare
 

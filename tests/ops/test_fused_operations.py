@@ -786,6 +786,19 @@ def test_gradients_made_with_the_loss_are_nobody_else_s():
         assert not zero.any()
 
 
+def test_no_memory_larger_than_the_floor_outlives_a_call():
+    """Not even behind a view."""
+    blocks._idle.clear()
+    image, text = torch.randn(256, 8), torch.randn(20, 1000, 8, requires_grad=True)
+    target = torch.arange(256)
+    for _ in range(2):
+        evidential_cross_entropy(image, text, target, scale=20.0, backend="blocked").backward()
+        assert all(x.untyped_storage().nbytes() <= 4 * blocks.FLOOR for x in blocks._idle.values())
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda t: evidential_cross_entropy(image, t, target, scale=20.0, backend="blocked"))(text)
+    assert not any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in blocks._idle.values())
+
+
 def test_a_loss_nobody_follows_back_takes_its_gradients_with_it(monkeypatch):
     image, text = (x.requires_grad_() for x in features(5, 3, 7, 6))
     at_once = Recorder(monkeypatch, blocked, "loss_and_gradients")
