@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cdc_ops.backends import LossForm, Problem, weighted_sum
-from cdc_ops.backends.block_slopes import LARGEST, take_off_length
+from cdc_ops.backends.block_slopes import LARGEST, take_off_length, through_products
 from cdc_ops.backends.block_sums import Sums, linear_space, log_rest
 from cdc_ops.backends.blocks import (
     LEAST_COLUMNS,
@@ -58,13 +58,16 @@ def loss_and_gradients(
     groups = blocks.groups_at(slice(0, K), lengths)
     gradients = Gradients(problem, image, needs)
     share = 1 / B if loss.reduction == "mean" else 1.0
+    # what each opinion counts for, from the loss of opinions whose own loss is 1 or 0
+    each_alone = torch.eye(M + sums.fused, dtype=image.dtype, device=image.device)
+    counts = weighted_sum(each_alone, problem, loss).view(-1, 1, 1)
     losses = []
     for rows in spans(B, blocks.rows):
         opinions = Opinions.of(blocks, groups, rows, target[rows], sums.fused)
         if opinions is None:
             blocks.close(keep=False)  # what comes then needs memory of its own
             return None
-        each, by_rest, by_target = opinions.loss(problem, loss, share)
+        each, by_rest, by_target = opinions.loss(problem, loss.form, counts, share)
         losses.append(each)
         by_fused = opinions.by_fused(by_rest, by_target)
         for group in groups:
@@ -89,17 +92,7 @@ class Gradients:
         """What comes by the logits [g, b, K] of some prompts and images; ``grad`` is used up."""
         if self.bias is not None:
             self.bias[group.prompts] += grad.sum((1, 2))
-        if self.text is not None or self.image is not None:
-            grad.mul_(group.factor)  # by <x, t>
-        if self.text is not None:
-            beta = 0 if rows.start == 0 else 1
-            self.text[group.prompts].baddbmm_(grad.transpose(1, 2), group.image[:, rows], beta=beta)
-        if self.image is not None:
-            text = group.text.transpose(1, 2)
-            if self.image.dim() == 2:
-                self.image[rows].addbmm_(grad, text)
-            else:
-                self.image[rows, group.prompts].transpose(0, 1).baddbmm_(grad, text)
+        through_products(group, rows, grad, self.image, self.text)
 
     def results(self, lengths: Tensor | None, work: Tensor) -> tuple[Tensor | None, ...]:
         """Those of image, text, scale, bias and weight, after the last images. work: a block to be written to.
@@ -167,17 +160,18 @@ class Opinions(NamedTuple):
         total, log_target = torch.cat([total, both.view(1, -1, 1)]), torch.cat([log_target, of_both])
         return cls(evidence, of_target, fusion.out, logarithm, total, log_target, index, work)
 
-    def loss(self, problem: Problem, loss: LossForm, share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of each image [b]; the gradients of their sum times ``share`` by log_rest and by log_target."""
-        if loss.form == "digamma":
+    def loss(self, problem: Problem, form: str, counts: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of each image [b]; the gradients of their sum times ``share`` by log_rest and by log_target.
+
+        counts [opinions, 1, 1]: what each opinion counts for.
+        """
+        if form == "digamma":
             log_w = math.log(problem.prior_weight)
             each, by_target, by_rest = digamma_gap_and_slopes(self.log_target + log_w, self.log_rest + log_w)
         else:
             gap = self.log_rest - self.log_target
             each, by_rest = softplus(gap), torch.sigmoid(gap)
             by_target = -by_rest
-        # what each opinion counts for, from the loss of opinions whose own loss is 1 or 0
-        counts = weighted_sum(torch.eye(len(each), dtype=each.dtype, device=each.device), problem, loss).view(-1, 1, 1)
         return (each * counts).sum((0, 2)), by_rest.mul_(counts * share), by_target.mul_(counts * share)
 
     def by_fused(self, by_rest: Tensor, by_target: Tensor) -> Tensor | None:

@@ -308,17 +308,7 @@ def gradients(slopes: RowSlopes, g_ratio: Tensor | None, needs: tuple[bool, ...]
                     g_scale[prompts] += (by_class if lengths is None else by_class / lengths[prompts]).sum(1)
                 if along is not None:
                     along[prompts] += by_class
-            if g_here is not None or g_image is not None:
-                grad.mul_(group.factor)  # by <x, t>
-            if g_here is not None:
-                beta = 0 if rows.start == 0 else 1
-                g_here[prompts].baddbmm_(grad.transpose(1, 2), group.image[:, rows], beta=beta)
-            if g_image is not None:
-                text = group.text.transpose(1, 2)
-                if g_image.dim() == 2:
-                    g_image[rows].addbmm_(grad, text)
-                else:
-                    g_image[rows, prompts].transpose(0, 1).baddbmm_(grad, text)
+            through_products(group, rows, grad, g_image, g_here)
         if g_text is not None and g_here is not None and rows.stop == blocks.B:
             if along is not None and lengths is not None:
                 for group in fused.groups:
@@ -328,6 +318,25 @@ def gradients(slopes: RowSlopes, g_ratio: Tensor | None, needs: tuple[bool, ...]
                 g_text[:, columns] = g_here
     blocks.close()
     return g_image, g_text, g_scale, g_bias, g_weight
+
+
+def through_products(group: Group, rows: slice, grad: Tensor, g_image: Tensor | None, g_text: Tensor | None) -> None:
+    """Add what comes by the logits [g, b, k] of some prompts and images to the features' gradients; uses ``grad`` up.
+
+    g_image: of all images; g_text [M, k, D]: of the classes at hand, which the first images write.
+    """
+    if g_image is None and g_text is None:
+        return
+    grad.mul_(group.factor)  # by <x, t>
+    if g_text is not None:
+        beta = 0 if rows.start == 0 else 1
+        g_text[group.prompts].baddbmm_(grad.transpose(1, 2), group.image[:, rows], beta=beta)
+    if g_image is not None:
+        text = group.text.transpose(1, 2)
+        if g_image.dim() == 2:
+            g_image[rows].addbmm_(grad, text)
+        else:
+            g_image[rows, group.prompts].transpose(0, 1).baddbmm_(grad, text)
 
 
 def take_off_length(grad: Tensor, text: Tensor, along: Tensor, lengths: Tensor) -> None:

@@ -124,11 +124,14 @@ def prepared_image(problem: Problem) -> Tensor:
     return x / as_dtype(problem.image_norm, x.dtype).clamp_min(EPS).unsqueeze(-1)
 
 
-def differentiable_row_sums(problem: Problem, sums: Sums, want_log_ratio: bool) -> tuple[Any, ...]:
+def differentiable_row_sums(
+    problem: Problem, sums: Sums, want_log_ratio: bool, image: Tensor | None = None
+) -> tuple[Any, ...]:
     """:func:`row_sums`, recorded by autograd where a gradient will be asked for."""
     if not sums.fused and problem.rule == "weighted":
         problem = replace(problem, rule="cumulative", weight=None)  # nothing is fused, so no weights need be made
-    image, inputs = prepared_image(problem), (problem.text, problem.scale, problem.bias, problem.weight)
+    image = prepared_image(problem) if image is None else image
+    inputs = problem.text, problem.scale, problem.bias, problem.weight
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (image, *inputs)):
         return RowSumsFunction.apply(image, *inputs, problem, sums, want_log_ratio)  # type: ignore[no-any-return]
     return row_sums(image, problem, sums, want_log_ratio)
@@ -174,7 +177,7 @@ def evidential_loss(problem: Problem, target: Tensor, loss: LossForm) -> Tensor:
             made = loss_and_gradients(image, problem, target, loss, needs)
         if made is not None:
             return LossFunction.apply(image, *inputs, problem, target, loss, made)  # type: ignore[no-any-return]
-    return loss.reduced(loss_from_sums(loss_sums(problem, target, loss), problem, loss))
+    return loss.reduced(loss_from_sums(loss_sums(problem, target, loss, image), problem, loss))
 
 
 def prompt_log_partition(problem: Problem) -> Tensor:
@@ -183,8 +186,8 @@ def prompt_log_partition(problem: Problem) -> Tensor:
     return total
 
 
-def loss_sums(problem: Problem, target: Tensor, loss: LossForm) -> RowSums:
-    """See :mod:`cdc_ops.backends`."""
+def loss_sums(problem: Problem, target: Tensor, loss: LossForm, image: Tensor | None = None) -> RowSums:
+    """See :mod:`cdc_ops.backends`; image: the prepared one, where it is made already."""
     sums = Sums(target, loss.square, loss.kl, loss.needs_fused(problem))
-    _, total, log_target, *others = differentiable_row_sums(problem, sums, False)
+    _, total, log_target, *others = differentiable_row_sums(problem, sums, False, image)
     return RowSums(log_target, total, *others)
